@@ -1,10 +1,10 @@
 """What a method does to a network (`Change`), and the network that comes out of it (`Compressed`).
 
-    change = method(model, task, layers, settings)      # exact rewrites, one lossy code per weight, activation rounding
-    small = assemble(model, change, plan)               # the one place where a Change becomes a network
-    small.model(x)                                      # runs as it is stored
-    small.plain()(x)                                    # the float twin with the same function
-    small.save("small/"); Compressed.load("small/")
+change = method(model, task, layers, settings)      # rewrites, a code per weight, activation rounding
+small = assemble(model, change, plan)               # the one place where a Change becomes a network
+small.model(x)                                      # runs as it is stored
+small.plain()(x)                                    # the float twin with the same function
+small.save("small/"); Compressed.load("small/")
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ class ActivationRounding(Protocol):
     """How the input of a layer is rounded at run time."""
 
     def module(self) -> nn.Module:
-        """The rounding as a module from tensor to tensor, its tensors as buffers that state_dict leaves out."""
+        """The rounding as a module from tensor to tensor, its tensors as buffers that state_dict leaves
+        out."""
         ...
 
 
@@ -100,7 +101,8 @@ class RoundedInput(nn.Module):
 
 
 def weighted(model: nn.Module, *, embeddings: bool = False) -> list[str]:
-    """Names of the layers whose weight a method can pack: Linear and Conv1d to 3d, with `embeddings` also tables.
+    """Names of the layers whose weight a method can pack: Linear and Conv1d to 3d, with `embeddings` also
+    tables.
 
     A weight that several modules share (tied) is left out: packing one of them would untie it.
     """
@@ -121,9 +123,13 @@ def weight_of(model: nn.Module, layer: str) -> Tensor:
     try:
         weight = model.get_submodule(layer).weight
     except AttributeError:
-        names = [name for name, module in model.named_modules() if isinstance(getattr(module, "weight", None), Tensor)]
+        names = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(getattr(module, "weight", None), Tensor)
+        ]
         raise unknown("layer", layer, names) from None
-    return weight.detach()  # type: ignore[union-attr,operator]
+    return weight.detach()
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -146,7 +152,8 @@ def assemble(model: nn.Module, change: Change, plan: Plan) -> Compressed:
 
 @dataclass
 class Compressed:
-    """A compressed network: `model` runs as it is stored and is what will be shipped; `plan` says what was chosen."""
+    """A compressed network: `model` runs as it is stored and is what will be shipped; `plan` says what was
+    chosen."""
 
     model: nn.Module
     plan: Plan
@@ -162,11 +169,12 @@ class Compressed:
         return self.change.packed
 
     def plain(self) -> nn.Module:
-        """The float twin with the same function: weights decoded, activation rounding kept as fake rounding."""
+        """The float twin with the same function: weights decoded, activation rounding kept as fake
+        rounding."""
         twin = copy.deepcopy(self.model)
         for name in self.packed:
             place = f"{name}.layer" if name in self.change.activations else name
-            replace(twin, place, twin.get_submodule(place).plain())  # type: ignore[operator]
+            replace(twin, place, twin.get_submodule(place).plain())
         return twin
 
     def bits(self) -> int:
@@ -174,13 +182,14 @@ class Compressed:
         return sum(form.bits() for form in self.packed.values())
 
     def save(self, folder: str | Path) -> None:
-        """Write weights.safetensors, plan.json and netweight.json; the folder is there whole or not at all."""
+        """Write weights.safetensors, plan.json and netweight.json; the folder is there whole or not at
+        all."""
         with io.whole_folder(folder) as beside:
             self.write(beside)
 
     def write(self, folder: Path) -> None:
         """The same into a folder that somebody else makes whole (see `io.whole_folder`)."""
-        tensors, forms = self._parts()
+        tensors, forms = described(self.change)
         io.write_tensors(folder / "weights.safetensors", {**_untied(self.model.state_dict()), **tensors})
         io.write_json(folder / "plan.json", self.plan.to_json())
         origin = origin_of(self.model)
@@ -190,24 +199,12 @@ class Compressed:
             folder / io.MARK,
             {
                 "format": FORMAT,
-                "origin": origin and {"kind": origin.kind, "target": origin.target, "files": sorted(origin.files)},
+                "origin": origin
+                and {"kind": origin.kind, "target": origin.target, "files": sorted(origin.files)},
                 "left": dict(self.change.left),
                 **forms,
             },
         )
-
-    def _parts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors: dict[str, Tensor] = {}
-        described: dict[str, Any] = {"packed": {}, "activations": {}, "rewrites": []}
-        for kind, things in (("packed", self.packed), ("activations", self.change.activations)):
-            for name, thing in things.items():
-                inner, described[kind][name] = take_apart(thing)
-                tensors.update({f"{kind}|{name}|{part}": tensor for part, tensor in inner.items()})
-        for index, rewrite in enumerate(self.change.rewrites):
-            inner, settings = take_apart(rewrite)
-            described["rewrites"].append(settings)
-            tensors.update({f"rewrites|{index}|{part}": tensor for part, tensor in inner.items()})
-        return tensors, described
 
     @classmethod
     def load(cls, folder: str | Path, *, like: nn.Module | None = None) -> Compressed:
@@ -218,11 +215,15 @@ class Compressed:
         """
         folder = Path(folder)
         if not (folder / io.MARK).exists():
-            raise BadInput(f"{folder}: not a folder that netweight wrote whole (there is no {io.MARK}); compress again")
+            raise BadInput(
+                f"{folder}: not a folder that netweight wrote whole (there is no {io.MARK}); compress again"
+            )
         head = io.read_json(folder / io.MARK, "the description of a compressed network")
         if not isinstance(head, dict) or head.get("format") != FORMAT:
-            raise BadInput(f"{folder}: written in a format that this version cannot read; use the netweight that wrote it")
-        tensors = io.read_tensors(folder / "weights.safetensors", "the packed weights")
+            raise BadInput(f"{folder}: written in another format; use the version of netweight that wrote it")
+        tensors: dict[str, Tensor] = {}
+        for file in sorted(folder.glob("weights*.safetensors")):
+            tensors.update(io.read_tensors(file, "packed weights"))
         change = _read_change(head, tensors)
         if like is None:
             model, origin = _build(folder, head)
@@ -232,6 +233,21 @@ class Compressed:
         small = assemble(model, change, Plan.from_json(io.read_json(folder / "plan.json", "a plan")))
         _fill(small, {k: v for k, v in tensors.items() if "|" not in k}, folder)
         return small
+
+
+def described(change: Change) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A Change as tensors (names joined by |) and JSON values; `_read_change` makes it a Change again."""
+    tensors: dict[str, Tensor] = {}
+    said: dict[str, Any] = {"packed": {}, "activations": {}, "rewrites": []}
+    for kind, things in (("packed", change.packed), ("activations", change.activations)):
+        for name, thing in things.items():
+            inner, said[kind][name] = take_apart(thing)
+            tensors.update({f"{kind}|{name}|{part}": tensor for part, tensor in inner.items()})
+    for index, rewrite in enumerate(change.rewrites):
+        inner, settings = take_apart(rewrite)
+        said["rewrites"].append(settings)
+        tensors.update({f"rewrites|{index}|{part}": tensor for part, tensor in inner.items()})
+    return tensors, said
 
 
 def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -251,12 +267,16 @@ def _read_change(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Chan
     """The Change that a folder describes."""
 
     def part(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return {
+            name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)
+        }
 
     return Change(
         packed={n: put_together(part(f"packed|{n}|"), s) for n, s in head.get("packed", {}).items()},
         rewrites=[put_together(part(f"rewrites|{i}|"), s) for i, s in enumerate(head.get("rewrites", []))],
-        activations={n: put_together(part(f"activations|{n}|"), s) for n, s in head.get("activations", {}).items()},
+        activations={
+            n: put_together(part(f"activations|{n}|"), s) for n, s in head.get("activations", {}).items()
+        },
         left=head.get("left", {}),
     )
 
@@ -279,8 +299,8 @@ def _fill(small: Compressed, state: Mapping[str, Tensor], folder: Path) -> None:
         if name not in wanted or wanted[name].shape != tensor.shape:
             expected = f"{tuple(wanted[name].shape)}" if name in wanted else "no such tensor"
             raise BadInput(
-                f"{folder}: tensor {json.dumps(name)} has shape {tuple(tensor.shape)}, the network has {expected}; "
-                "the folder belongs to another network"
+                f"{folder}: tensor {json.dumps(name)} has shape {tuple(tensor.shape)}, the network has "
+                f"{expected}; the folder belongs to another network"
             )
     if missing:
         raise BadInput(f"{folder}: tensor {json.dumps(min(missing))} is missing; the folder is not whole")

@@ -1,6 +1,7 @@
 """What a user can do wrong, as one sentence each: the thing, what was expected, what to do.
 
-The command line turns every `NetweightError` into that sentence and exit code 2; `--debug` shows the traceback.
+The command line turns every `NetweightError` into that sentence and exit code 2; `--debug` shows the
+traceback.
 """
 
 from __future__ import annotations

@@ -156,4 +156,6 @@ def may_replace(folder: str | Path) -> None:
     if not folder.is_dir():
         raise BadInput(f"{folder}: this is a file, but --out names a folder; choose another name")
     if any(folder.iterdir()) and not (folder / MARK).exists():
-        raise BadInput(f"{folder}: the folder holds files that are not netweight's; choose another with --out")
+        raise BadInput(
+            f"{folder}: the folder holds files that are not netweight's; choose another with --out"
+        )

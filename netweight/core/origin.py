@@ -44,7 +44,7 @@ def named(path: str) -> Callable[..., Any]:
 
 def mark(model: nn.Module, origin: Origin) -> nn.Module:
     """Note on the model where it comes from; copies of the model keep the note."""
-    model.netweight_origin = origin  # type: ignore[assignment]
+    model.netweight_origin = origin
     return model
 
 
@@ -59,7 +59,7 @@ def build(origin: Origin | None) -> nn.Module:
     if origin is None or origin.kind == "factory":
         whose = f"{origin.target} " if origin else "code that netweight does not know "
         raise BadInput(
-            f"the network was built by {whose}and its folder holds weights only; give the original network too "
+            f"the network was built by {whose}and its folder holds weights only; give the original too "
             "(--like MODEL, or load(folder, like=model))"
         )
     if origin.kind not in BUILDERS:

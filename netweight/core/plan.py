@@ -36,7 +36,9 @@ class Option:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.distortion) and all(math.isfinite(c) for c in self.cost.values())):
-            raise ValueError(f"{self.layer}: cost and distortion must be finite, got {self.cost}, {self.distortion}")
+            raise ValueError(
+                f"{self.layer}: cost and distortion must be finite, got {self.cost}, {self.distortion}"
+            )
 
     @property
     def label(self) -> str:
@@ -104,7 +106,9 @@ def _number(part: str, value: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise BadInput(f"budget {part.strip()!r}: {value!r} is not a number; write for example bits=4") from None
+        raise BadInput(
+            f"budget {part.strip()!r}: {value!r} is not a number; write for example bits=4"
+        ) from None
 
 
 def _bytes(part: str, value: str) -> float:
@@ -148,7 +152,9 @@ class Plan:
             options = [Option(**item) for item in content["choices"]]
             return cls({option.layer: option for option in options}, float(content["fixed"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"not a plan of netweight ({error}); expected what `netweight plan` wrote") from error
+            raise BadInput(
+                f"not a plan of netweight ({error}); expected what `netweight plan` wrote"
+            ) from error
 
 
 def allocate(options: Sequence[Option], budget: Budget, *, fixed: float = 0.0) -> Plan:
@@ -171,7 +177,10 @@ def allocate(options: Sequence[Option], budget: Budget, *, fixed: float = 0.0) -
         if least > ceilings[name] * (1 + 1e-12):
             raise _impossible(name, budget, least, weights, fixed)
     distortion = [np.array([option.distortion for option in group]) for group in layers.values()]
-    if all(sum(float(c[d.argmin()]) for c, d in zip(costs, distortion)) <= ceilings[n] for n, costs in rows.items()):
+    if all(
+        sum(float(c[d.argmin()]) for c, d in zip(costs, distortion)) <= ceilings[n]
+        for n, costs in rows.items()
+    ):
         picks = [int(d.argmin()) for d in distortion]
     else:
         picks = _solve(distortion, list(rows.values()), list(ceilings.values()), budget)
@@ -196,14 +205,19 @@ def _impossible(name: str, budget: Budget, least: float, weights: float, fixed: 
         )
     if name == "size":
         size = math.ceil((least + fixed) / 8)
-        return ImpossibleBudget(f"budget size={budget.size} bytes cannot be met: the smallest possible is size={size}")
+        return ImpossibleBudget(
+            f"budget size={budget.size} bytes cannot be met: the smallest possible is size={size}"
+        )
     return ImpossibleBudget(
         f"budget {name}={getattr(budget, name):g} cannot be met: the smallest possible is {name}={least:g}"
     )
 
 
 def _solve(
-    distortion: Sequence[np.ndarray], rows: Sequence[Sequence[np.ndarray]], ceilings: Sequence[float], budget: Budget
+    distortion: Sequence[np.ndarray],
+    rows: Sequence[Sequence[np.ndarray]],
+    ceilings: Sequence[float],
+    budget: Budget,
 ) -> list[int]:
     """Index of the chosen option per layer, by MILP to gap 0."""
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -214,8 +228,13 @@ def _solve(
     objective = np.concatenate(distortion)
     scale = float(np.abs(objective).max()) or 1.0
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    one_each = csr_array((np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(sizes), len(owner)))
-    limits = [LinearConstraint(np.concatenate(row)[None, :] / c, ub=np.array([1.0])) for row, c in zip(rows, ceilings)]
+    one_each = csr_array(
+        (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(sizes), len(owner))
+    )
+    limits = [
+        LinearConstraint(np.concatenate(row)[None, :] / c, ub=np.array([1.0]))
+        for row, c in zip(rows, ceilings)
+    ]
     found = milp(
         objective / scale,
         constraints=[LinearConstraint(one_each, lb=1.0, ub=1.0), *limits],

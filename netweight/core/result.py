@@ -19,7 +19,8 @@ QUESTIONS = (AVERAGE, FOUND, POSSIBLE)
 class Row:
     """One quantity of both networks.
 
-    question: one of `QUESTIONS`, or "cost". low, high: 95% interval of the compressed network's value (NaN: exact).
+    question: one of `QUESTIONS`, or "cost". low, high: 95% interval of the compressed network's value (NaN:
+    exact).
     n: examples it was had on. method: how. arithmetic: of the number ("float32", "float64", "counted").
     """
 
@@ -39,8 +40,8 @@ class Row:
 class Evidence:
     """The three answers for two networks, and what lies behind them.
 
-    rows: the table. flipped: indices of test examples whose prediction changed. layers: per layer, JSON values
-    (bits, distortion, method). notes: what the reader has to know. context: data, versions, machine.
+    rows: the table. flipped: indices of test examples whose prediction changed. layers: per layer, JSON
+    values (bits, distortion, method). notes: what the reader has to know. context: data, versions, machine.
     """
 
     rows: list[Row]
@@ -62,9 +63,8 @@ class Evidence:
         lines = [head.rstrip(), "-" * 80]
         for row in self.rows:
             spread = "" if math.isnan(row.low) else f"{row.low:.3g}..{row.high:.3g}"
-            lines.append(
-                f"{row.question:<15}{row.quantity:<27}{short(row.original):>12}{short(row.compressed):>12}  {spread}"
-            )
+            values = f"{short(row.original):>12}{short(row.compressed):>12}"
+            lines.append(f"{row.question:<15}{row.quantity:<27}{values}  {spread}".rstrip())
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -79,7 +79,9 @@ class Evidence:
             rest = {k: content[k] for k in ("flipped", "layers", "notes", "context")}
             return cls(rows, **rest)
         except (KeyError, TypeError) as error:
-            raise BadInput(f"not evidence of netweight ({error}); expected what `netweight compare` wrote") from error
+            raise BadInput(
+                f"not evidence of netweight ({error}); expected what `netweight compare` wrote"
+            ) from error
 
     def save(self, folder: str | Path) -> None:
         """Write evidence.json into the folder."""
@@ -90,7 +92,9 @@ def short(value: float) -> str:
     """Four significant digits, whole numbers in full, a dash for NaN."""
     if math.isnan(value):
         return "-"
-    return f"{value:.0f}" if abs(value) >= 1e4 or (value == int(value) and abs(value) >= 10) else f"{value:.4g}"
+    return (
+        f"{value:.0f}" if abs(value) >= 1e4 or (value == int(value) and abs(value) >= 10) else f"{value:.4g}"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -25,12 +25,12 @@ KNOWN = {  # class name: the module that holds it
     "DynamicRounding": "netweight.nn.fake",
     "FoldBatchNorm": "netweight.core.rewrite",
     "Scale": "netweight.core.rewrite",
-    "Equalize": "netweight.core.rewrite",
 }
 
 
 def take_apart(thing: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors by field name, JSON settings with the class name under "is"); nested names are joined by a dot."""
+    """(tensors by field name, JSON settings with the class name under "is"); nested names are joined by a
+    dot."""
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {"is": type(thing).__name__}
     for field in dataclasses.fields(thing):

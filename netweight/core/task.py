@@ -44,7 +44,9 @@ class Data:
         if len(self.x) == 0:
             raise BadInput(f"{self.name}: there are no examples; at least one is needed")
         if self.y is not None and len(self.y) != len(self.x):
-            raise BadInput(f"{self.name}: {len(self.x)} examples but {len(self.y)} labels; give one label each")
+            raise BadInput(
+                f"{self.name}: {len(self.x)} examples but {len(self.y)} labels; give one label each"
+            )
         if self.batch < 1:
             raise BadInput(f"{self.name}: a batch needs at least one example, got batch={self.batch}")
         for what, values in (("examples", self.x), ("labels", self.y)):
@@ -141,7 +143,7 @@ class Task:
 
     def blind(self) -> Task:
         """The same task for a method: reading its test data raises."""
-        return replace(self, test=Sealed())  # type: ignore[arg-type]
+        return replace(self, test=Sealed())
 
 
 class Sealed:

@@ -1,0 +1,43 @@
+"""The command line. Nothing is computed here, and nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from netweight import __version__
+from netweight.cli.attack import attack
+from netweight.cli.common import command
+from netweight.cli.compare import compare
+from netweight.cli.compress import compress
+from netweight.cli.export import export
+from netweight.cli.methods import methods
+from netweight.cli.plan import plan
+from netweight.cli.reproduce import reproduce
+from netweight.cli.verify import verify
+
+app = typer.Typer(
+    name="netweight",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for function in (compress, plan, compare, verify, attack, export, methods, reproduce):
+    app.command(function.__name__)(command(function))
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    """Makes trained networks smaller and shows what that did to them: measured, attacked, proven."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command that the arguments name."""
+    app()

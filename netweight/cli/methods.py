@@ -1,0 +1,29 @@
+"""netweight methods: the catalogue, with the state of each reproduction."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from netweight.cli import common
+
+
+def methods(
+    room: Annotated[str | None, typer.Option(metavar="ROOM", help="Only the methods of one room.")] = None,
+    json: common.Json = False,
+) -> None:
+    """List the methods, where they were published, and whether their claims are reached here."""
+    from netweight.core import catalogue
+    from netweight.reproduce import harness
+
+    folder = harness.results_folder()
+    lines = [{**asdict(system), "state": harness.state(system, folder)} for system in catalogue.of_room(room)]
+
+    def shown():  # noqa: ANN202
+        from netweight.report import table
+
+        return table.catalogue(lines)
+
+    common.answer({"methods": lines}, shown, as_json=json)

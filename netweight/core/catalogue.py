@@ -1,0 +1,140 @@
+"""The catalogue: one line per method and per system, as plain text that imports nothing of what it names.
+
+A *system* is a published idea of which a reproduction holds the paper's claim against what we measure; it has
+`reproduction`. A *method* can be called: it has `method` and, where the planner may choose it, `settings`.
+README's table, `netweight methods`, the planner and the tests are read off this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from netweight.core.errors import BadInput, unknown
+from netweight.core.origin import named
+
+
+@dataclass(frozen=True)
+class System:
+    """One line. Paths are "package.module:name"; "" where there is none.
+
+    room: the folder the method lies in. method: its function. settings: its dataclass of settings.
+    reproduction: the module whose `reproduce(seed=, quick=)` returns the Claim. tags: what one looks for.
+    """
+
+    slug: str
+    title: str
+    venue: str
+    year: int
+    room: str
+    method: str = ""
+    reproduction: str = ""
+    settings: str = ""
+    tags: tuple[str, ...] = ()
+
+    @property
+    def result(self) -> str:
+        """Name of the file under results/ that its reproduction writes, "" where it has none."""
+        module = self.reproduction.rpartition(".")[2]
+        return f"{module.replace('_', '-')}.json" if module else ""
+
+
+_C = "netweight.compression"
+_SURVEY = "netweight.reproduce.quantization_survey"
+
+SYSTEMS = (
+    System(
+        "rtn", "Rounding to the nearest grid point", "arXiv 2106.08295", 2021, "compression",
+        f"{_C}.rtn:rtn", _SURVEY, f"{_C}.rtn:RTN", ("weights", "grid", "no data"),
+    ),
+    System(
+        "clip", "Ranges by error or percentile", "arXiv 2004.09602", 2020, "compression",
+        f"{_C}.clip:clip", _SURVEY, f"{_C}.clip:Clip", ("weights", "grid", "no data"),
+    ),
+    System(
+        "gptq", "GPTQ: rounding errors passed on to weights not yet rounded", "ICLR", 2023, "compression",
+        f"{_C}.gptq:gptq", _SURVEY, f"{_C}.gptq:GPTQ", ("weights", "grid", "calibration"),
+    ),
+    System(
+        "awq", "AWQ: channels that carry most are scaled before rounding", "MLSys", 2024, "compression",
+        f"{_C}.awq:awq", "netweight.reproduce.awq", f"{_C}.awq:AWQ", ("weights", "grid", "calibration"),
+    ),
+    System(
+        "magnitude", "Smallest weights first", "NeurIPS", 2015, "compression",
+        f"{_C}.magnitude:magnitude", "", f"{_C}.magnitude:Magnitude", ("weights", "pruning", "no data"),
+    ),
+    System(
+        "nm-magnitude", "N of M weights kept, the largest", "arXiv 2104.08378", 2021, "compression",
+        f"{_C}.nm_magnitude:nm_magnitude", "", f"{_C}.nm_magnitude:NMMagnitude",
+        ("weights", "pruning", "no data"),
+    ),
+    System(
+        "pgd", "Projected gradient ascent on the loss", "ICLR", 2018, "attacks",
+        "netweight.attacks.pgd:pgd", tags=("inputs", "gradients"),
+    ),
+    System(
+        "disagree", "Inputs on which two networks part", "netweight", 2026, "attacks",
+        "netweight.attacks.disagree:disagree", tags=("inputs", "gradients", "two networks"),
+    ),
+    System(
+        "ibp", "Interval bounds, layer by layer", "arXiv 1810.12715", 2018, "verification",
+        "netweight.verification.bounds:bounds", tags=("inputs", "proof"),
+    ),
+    System(
+        "quantization-survey", "A Survey of Quantization Methods for Efficient Neural Network Inference",
+        "arXiv 2103.13630", 2021, "compression", reproduction=_SURVEY, tags=("weights", "grid", "survey"),
+    ),
+)  # fmt: skip
+
+
+def find(slug: str) -> System:
+    """The line of that slug; raises `BadInput` with the nearest known one."""
+    for system in SYSTEMS:
+        if system.slug == slug:
+            return system
+    raise unknown("method", slug, [system.slug for system in SYSTEMS])
+
+
+def of_room(room: str | None = None) -> list[System]:
+    """All lines of a room, or all lines; raises `BadInput` for a room that has none."""
+    rooms = {system.room for system in SYSTEMS}
+    if room is not None and room not in rooms:
+        raise unknown("room", room, rooms)
+    return [system for system in SYSTEMS if room in (None, system.room)]
+
+
+def reproductions() -> list[System]:
+    """One line per reproduction: the systems that `netweight reproduce` runs."""
+    return [system for system in SYSTEMS if system.result == f"{system.slug}.json"]
+
+
+def reproduction(slug: str) -> System:
+    """The system whose reproduction that is; raises `BadInput` for a slug that has none of its own."""
+    find(slug)
+    for system in reproductions():
+        if system.slug == slug:
+            return system
+    where = find(slug).result.removesuffix(".json")
+    hint = f"it is measured in {where!r}" if where else f"reproductions are: {', '.join(_slugs())}"
+    raise BadInput(f"{slug!r} has no reproduction of its own; {hint}")
+
+
+def _slugs() -> list[str]:
+    return [system.slug for system in reproductions()]
+
+
+def method(slug: str) -> Callable[..., Any]:
+    """The function of a method, imported now; raises `BadInput` for a line that has none."""
+    return _resolve(slug, find(slug).method, "method")
+
+
+def settings(slug: str) -> type[Any]:
+    """The settings class of a method of compression/, imported now; raises `BadInput` where there is none."""
+    return _resolve(slug, find(slug).settings, "settings")  # type: ignore[return-value]
+
+
+def _resolve(slug: str, path: str, what: str) -> Callable[..., Any]:
+    if not path:
+        raise BadInput(f"{slug!r} has no {what} to call; `netweight methods` lists what each line is")
+    return named(path)

@@ -1,0 +1,179 @@
+"""What each option of each layer costs, and how much it distorts: the table that the planner chooses from.
+
+Three measures of distortion, all non-negative and added up over layers by the planner:
+
+    output    E |dW x|^2 / E |W x|^2: relative output error of the layer on calibration data
+    network   E mean_c (f(x) - f_l(x))^2 with ONLY layer l changed: additive output distortion of the whole
+    network
+              (Xu et al., ICCV 2023, arXiv:2308.10438, section 3), measured for every option
+    kl        E KL(softmax f(x) | softmax f_l(x)), measured for one reference option per layer and scaled by
+    the
+              options' output errors: for small changes the divergence is quadratic in the change (its
+              second-order term is the Fisher matrix), so one pass per layer prices all its options
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from netweight.core.compressed import Change, Packed, replace, weight_of
+from netweight.core.errors import DoesNotFit, unknown
+from netweight.core.moments import Moments, moments
+from netweight.core.plan import Option
+from netweight.core.progress import steps
+from netweight.core.task import Data, Task, outputs
+
+Distortion = Literal["output", "kl", "network"]
+DISTORTIONS = ("output", "kl", "network")
+FLOAT_BITS = 32  # what an activation counts in bit operations while it is not rounded
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method with one choice of settings. slug: its name in the catalogue."""
+
+    slug: str
+    method: Callable[[nn.Module, Task, Sequence[str], Any], Change]
+    settings: Any
+
+
+def options(
+    model: nn.Module,
+    task: Task,
+    layers: Sequence[str],
+    candidates: Sequence[Candidate],
+    *,
+    distortion: Distortion = "kl",
+    examples: int = 128,
+) -> list[Option]:
+    """Every candidate on every layer that it fits, and "keep"; costs are counted on the packed weight.
+
+    examples: calibration examples that "kl" and "network" run on. A candidate that does not fit a layer is
+    no option there. The model and the test data are not touched.
+    """
+    if distortion not in DISTORTIONS:
+        raise unknown("distortion", distortion, DISTORTIONS)
+    judge = Judge(model, task.calibration.take(examples)) if distortion != "output" else None
+    found: list[Option] = []
+    for layer in steps(layers, "Pricing the options of each layer"):
+        priced = _of_layer(model, task, layer, candidates)
+        errors = [error for _, _, error in priced]
+        if distortion == "output" or not priced:
+            distortions = errors
+        elif distortion == "network":
+            assert judge is not None
+            distortions = [judge.squared(layer, form) for _, form, _ in priced]
+        else:
+            assert judge is not None
+            distortions = _scaled(
+                errors, lambda i, layer=layer, priced=priced: judge.divergence(layer, priced[i][1])
+            )
+        weight = weight_of(model, layer)
+        macs = weight.numel() * _positions(model, task.calibration, layer)
+        for (candidate, form, _), value in zip(priced, distortions):
+            width = form.bits() / weight.numel()
+            cost = {
+                "bits": float(form.bits()),
+                "weights": float(weight.numel()),
+                "bops": macs * width * FLOAT_BITS,
+            }
+            found.append(Option(layer, candidate.slug, dataclasses.asdict(candidate.settings), cost, value))
+        found.append(keep(layer, weight, macs))
+    return found
+
+
+def keep(layer: str, weight: Tensor, macs: float = 0.0) -> Option:
+    """The option that leaves a weight as it is."""
+    bits = 8.0 * weight.element_size() * weight.numel()
+    cost = {
+        "bits": bits,
+        "weights": float(weight.numel()),
+        "bops": macs * FLOAT_BITS * 8.0 * weight.element_size(),
+    }
+    return Option(layer, "keep", {}, cost, 0.0)
+
+
+def _of_layer(
+    model: nn.Module, task: Task, layer: str, candidates: Sequence[Candidate]
+) -> list[tuple[Candidate, Packed, float]]:
+    """Every candidate that fits the layer, its packed weight, and its relative output error."""
+    weight = weight_of(model, layer)
+    seen = _moments(model, task.calibration, layer)
+    priced = []
+    for candidate in candidates:
+        try:
+            form = candidate.method(model, task.blind(), [layer], candidate.settings).packed[layer]
+        except (DoesNotFit, KeyError):
+            continue
+        priced.append((candidate, form, _error(form.decode() - weight, weight, seen)))
+    return priced
+
+
+def _moments(model: nn.Module, data: Data, layer: str) -> Moments | None:
+    """The layer's moments, None for a kind of layer that has none (Embedding, transposed convolution)."""
+    try:
+        return moments(model, data, [layer])[layer]
+    except DoesNotFit:
+        return None
+
+
+def _positions(model: nn.Module, data: Data, layer: str) -> float:
+    seen = _moments(model, data, layer)
+    return seen.positions if seen is not None else 0.0
+
+
+def _error(change: Tensor, weight: Tensor, seen: Moments | None) -> float:
+    """E |dW x|^2 / E |W x|^2; without moments |dW|^2 / |W|^2; 0 where the layer gives nothing anyway."""
+    if seen is None:
+        moved, whole = float(change.double().square().sum()), float(weight.double().square().sum())
+    else:
+        moved, whole = seen.error(change), seen.error(weight)
+    return moved / whole if whole > 0 else 0.0
+
+
+def _scaled(errors: Sequence[float], measure: Callable[[int], float]) -> list[float]:
+    """Distortions of all options from one measured option, the one whose error is nearest to 1%."""
+    reference = min(range(len(errors)), key=lambda i: abs(errors[i] - 0.01))
+    if errors[reference] == 0:
+        return [0.0 for _ in errors]
+    unit = measure(reference) / errors[reference]
+    return [error * unit for error in errors]
+
+
+class Judge:
+    """How far the outputs of a network move when one layer's weight is replaced."""
+
+    def __init__(self, model: nn.Module, data: Data) -> None:
+        self.model = copy.deepcopy(model).eval()
+        self.data = data
+        self.reference = outputs(self.model, data)
+
+    def squared(self, layer: str, form: Packed) -> float:
+        """Mean squared difference of the outputs."""
+        with self._changed(layer, form) as moved:
+            return float((moved - self.reference).double().square().mean())
+
+    def divergence(self, layer: str, form: Packed) -> float:
+        """Mean KL divergence of the softmax outputs in nats; squared error for a single output."""
+        if self.reference.shape[-1] == 1:
+            return self.squared(layer, form)
+        with self._changed(layer, form) as moved:
+            p, q = self.reference.double().log_softmax(-1), moved.double().log_softmax(-1)
+            return float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
+
+    @contextmanager
+    def _changed(self, layer: str, form: Packed) -> Iterator[Tensor]:
+        """The outputs while one layer is replaced; the layer is put back."""
+        before = self.model.get_submodule(layer)
+        replace(self.model, layer, form.layer(before))
+        try:
+            yield outputs(self.model, self.data)
+        finally:
+            replace(self.model, layer, before)

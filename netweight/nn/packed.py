@@ -1,0 +1,256 @@
+"""Stored forms of one weight: `Affine` (codes on a uniform grid), `Dense`, `NM` and `Sparse`.
+
+Each is a frozen dataclass that meets `core.compressed.Packed`: `decode()` is the weight that the layer computes
+with, `bits()` counts what is stored, `project()` finds the nearest weight of the same form, `layer()` runs it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from netweight.core import grid
+from netweight.core.grid import Grid
+from netweight.nn.layers import PackedLayer
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+def dtype_name(weight: Tensor) -> str:
+    """The name under which a form keeps the dtype of its weight."""
+    return str(weight.dtype).removeprefix("torch.")
+
+
+def stored(*tensors: Tensor | None) -> int:
+    """Bits that these tensors take."""
+    return sum(8 * t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def check_shape(shape: tuple[int, ...], values: int, what: str) -> None:
+    """Raises ValueError unless `shape` is a sane shape of that many values (a file may say anything)."""
+    if not shape or any(not isinstance(n, int) or n < 1 for n in shape) or math.prod(shape) != values:
+        raise ValueError(f"{what} do not fit the shape {shape}")
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Codes on a uniform grid: weight = (code - zero) * scale, group by group (see `core.grid`).
+
+    codes: packed, see `grid.pack`. scale: `rows groups`, float16 or float32. zero: `rows groups` codes, packed, or
+    None for a symmetric grid. shape, dtype: of the weight. group: as in `core.grid`.
+    """
+
+    codes: UInt8[Tensor, " bytes"]
+    scale: Float[Tensor, "rows groups"]
+    zero: UInt8[Tensor, " zero_bytes"] | None
+    bits_per_code: int
+    shape: tuple[int, ...]
+    group: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        count = math.prod(self.shape)
+        check_shape(self.shape, count, "codes")
+        for packed, codes in ((self.codes, count), (self.zero, self.scale.numel())):
+            if packed is not None and packed.numel() != packed_bytes(codes, self.grid.bits):
+                raise ValueError(f"{packed.numel()} bytes do not hold {codes} codes of {self.grid.bits} bits")
+        rows, groups = layout(self.shape, self.group)
+        if self.scale.shape != (rows, groups) or self.dtype not in DTYPES:
+            raise ValueError(f"scales {tuple(self.scale.shape)} of {self.dtype} do not fit {self.shape}")
+
+    @classmethod
+    def of(
+        cls, codes: UInt8[Tensor, "groups of"], scale: Tensor, zero: Tensor, like: Tensor, grid_: Grid
+    ) -> Affine:
+        """From the codes, scales and zeros of every group (as `core.grid` makes them) for the weight `like`."""
+        rows, groups = layout(tuple(like.shape), grid_.group)
+        return cls(
+            codes=grid.pack(codes, grid_.bits),
+            scale=scale.reshape(rows, groups),
+            zero=None if grid_.symmetric else grid.pack(zero, grid_.bits),
+            bits_per_code=grid_.bits,
+            shape=tuple(like.shape),
+            group=grid_.group,
+            dtype=dtype_name(like),
+        )
+
+    @property
+    def grid(self) -> Grid:
+        """The grid that the codes lie on."""
+        return Grid(self.bits_per_code, self.zero is None, self.group)
+
+    def integers(self) -> UInt8[Tensor, "*shape"]:
+        """The codes, one byte each, in the shape of the weight."""
+        return grid.unpack(self.codes, self.bits_per_code, math.prod(self.shape)).reshape(self.shape)
+
+    def zeros(self) -> UInt8[Tensor, "rows groups"]:
+        """The zero point of each group, also for a symmetric grid."""
+        if self.zero is None:
+            return torch.full_like(self.scale, 2 ** (self.bits_per_code - 1), dtype=torch.uint8)
+        return grid.unpack(self.zero, self.bits_per_code, self.scale.numel()).reshape(self.scale.shape)
+
+    def decode(self) -> Tensor:
+        """(code - zero) * scale, in the dtype of the weight."""
+        groups = grid.in_groups(self.integers(), self.group)
+        values = grid.from_codes(groups, self.scale.reshape(-1), self.zeros().reshape(-1))
+        return values.reshape(self.shape).to(DTYPES[self.dtype])
+
+    def bits(self) -> int:
+        """Bits of codes, scales and zeros as they lie in the file."""
+        return stored(self.codes, self.scale, self.zero)
+
+    def project(self, weight: Tensor) -> Affine:
+        """The nearest codes with the same scales and zeros."""
+        groups = grid.in_groups(weight, self.group)
+        codes = grid.to_codes(groups, self.scale.reshape(-1), self.zeros().reshape(-1), self.grid)
+        return replace(self, codes=grid.pack(codes, self.bits_per_code))
+
+    def cell(self) -> tuple[Tensor, Tensor]:
+        """Lower and upper corner (float64) of all weights that round to these codes; infinite past a clipped end."""
+        codes = grid.in_groups(self.integers(), self.group).double()
+        scale, zero = self.scale.double().reshape(-1, 1), self.zeros().double().reshape(-1, 1)
+        first, last = self.grid.levels
+        lower = torch.where(codes <= first, -torch.inf, (codes - zero - 0.5) * scale)
+        upper = torch.where(codes >= last, torch.inf, (codes - zero + 0.5) * scale)
+        return lower.reshape(self.shape), upper.reshape(self.shape)
+
+    def layer(self, like: nn.Module) -> nn.Module:
+        """`like` with this weight."""
+        return PackedLayer(like, self)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every value as it is, in its own dtype (float16 stores half of float32)."""
+
+    values: Tensor
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+
+    def decode(self) -> Tensor:
+        """The values in the dtype of the weight."""
+        return self.values.to(DTYPES[self.dtype])
+
+    def bits(self) -> int:
+        """Bits of the values."""
+        return stored(self.values)
+
+    def project(self, weight: Tensor) -> Dense:
+        """The weight in the stored dtype."""
+        return replace(self, values=weight.to(self.values.dtype))
+
+    def layer(self, like: nn.Module) -> nn.Module:
+        """`like` with this weight."""
+        return PackedLayer(like, self)
+
+
+@dataclass(frozen=True)
+class NM:
+    """Of every `of` consecutive inputs the kept values and their places (ascending).
+
+    values: `group keep`. places: `group keep`, 0 to of - 1. Groups run along the inputs (axis 1), at one
+    output and one kernel position. A place costs one byte in memory; the file packs it into ceil(log2 of) bits.
+    """
+
+    values: Float[Tensor, "group keep"]
+    places: UInt8[Tensor, "group keep"]
+    of: int
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_shape(self.shape, len(self.values) * self.of, "groups")
+        if (
+            self.values.shape != self.places.shape
+            or self.places.numel()
+            and int(self.places.max()) >= self.of
+        ):
+            raise ValueError(f"places do not fit {self.of} inputs a group")
+
+    def decode(self) -> Tensor:
+        """Kept values at their places, zeros elsewhere."""
+        rows = torch.zeros(len(self.values), self.of, dtype=self.values.dtype, device=self.values.device)
+        rows.scatter_(1, self.places.long(), self.values)
+        moved = (self.shape[0], *self.shape[2:], self.shape[1])
+        return rows.reshape(moved).movedim(-1, 1).contiguous()
+
+    def bits(self) -> int:
+        """Kept values in their dtype and ceil(log2 of) bits for each place."""
+        return stored(self.values) + self.places.numel() * math.ceil(math.log2(self.of))
+
+    def project(self, weight: Tensor) -> NM:
+        """The weight's values at the same places."""
+        groups = weight.movedim(1, -1).reshape(-1, self.of)
+        return replace(self, values=groups.gather(1, self.places.long()).to(self.values.dtype))
+
+    def layer(self, like: nn.Module) -> nn.Module:
+        """`like` with this weight."""
+        return PackedLayer(like, self)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Kept values in memory order and a bit mask of where they stand (1: kept).
+
+    values: `kept`. mask: packed bits, see `grid.pack`.
+    """
+
+    values: Float[Tensor, " kept"]
+    mask: UInt8[Tensor, " bytes"]
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        count = math.prod(self.shape)
+        check_shape(self.shape, count, "mask bits")
+        if self.mask.numel() != packed_bytes(count, 1) or int(self.kept().sum()) != len(self.values):
+            raise ValueError(f"the mask does not hold {len(self.values)} values of {self.shape}")
+
+    @classmethod
+    def of(cls, weight: Tensor, keep: Tensor) -> Sparse:
+        """The weight where `keep` (bool, same shape) is True."""
+        return cls(weight[keep], grid.pack(keep.to(torch.uint8), 1), tuple(weight.shape))
+
+    def kept(self) -> Tensor:
+        """The mask as bool in the shape of the weight."""
+        return grid.unpack(self.mask, 1, math.prod(self.shape)).bool().reshape(self.shape)
+
+    def decode(self) -> Tensor:
+        """Kept values in place, zeros elsewhere."""
+        weight = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
+        weight[self.kept()] = self.values
+        return weight
+
+    def bits(self) -> int:
+        """Kept values and one mask bit a weight."""
+        return stored(self.values, self.mask)
+
+    def project(self, weight: Tensor) -> Sparse:
+        """The weight under the same mask."""
+        return replace(self, values=weight[self.kept()].to(self.values.dtype))
+
+    def layer(self, like: nn.Module) -> nn.Module:
+        """`like` with this weight."""
+        return PackedLayer(like, self)
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes of `count` codes of that many bits, as `grid.pack` fills them."""
+    return count if bits == 8 else -(-count // 8) * bits
+
+
+def layout(shape: tuple[int, ...], group: int) -> tuple[int, int]:
+    """Rows and groups per row of the scales of a weight of that shape."""
+    if group == grid.PER_TENSOR:
+        return 1, 1
+    return shape[0], 1 if group == grid.PER_ROW else math.prod(shape[1:]) // group
