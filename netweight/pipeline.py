@@ -8,115 +8,26 @@ write(out, model, small, evidence)   weights, plan, evidence and report in one f
 
 from __future__ import annotations
 
-import dataclasses
 import platform
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from netweight.core import io
-from netweight.core.catalogue import find
-from netweight.core.compressed import Change, Compressed, Packed, assemble, weight_of, weighted
-from netweight.core.errors import BadInput, DoesNotFit
-from netweight.core.origin import named
+from netweight.core import catalogue, io
+from netweight.core.compressed import Change, Compressed, assemble, weight_of
+from netweight.core.errors import DoesNotFit
 from netweight.core.perturbation import Perturbation, Rounding
-from netweight.core.plan import Budget, Option, Plan, allocate
-from netweight.core.progress import steps
+from netweight.core.plan import Budget
 from netweight.core.result import Evidence
 from netweight.core.task import Task
 from netweight.evidence import average, cost, found, possible
-from netweight.evidence.sensitivity import Candidate, Distortion, options
+from netweight.evidence.sensitivity import Distortion
+from netweight.planning import as_plan, carry_out, is_whole, plan, planned_layers, uniform
 from netweight.resume import Work, fingerprint, place
 
-BITS = (2, 3, 4, 5, 6, 8)
-GROUPS = (0, 32, 64, 128)
-HEADER = 8 * 128  # bits of file header per stored tensor: name, dtype, shape, offsets
-NOTHING = Work(None)  # keeps no unfinished work
-AUTO = ("gptq", "rtn", "nm-magnitude")
-
-
-def candidates(
-    method: str,
-    *,
-    bits: Sequence[int] = BITS,
-    groups: Sequence[int] = GROUPS,
-    symmetric: Sequence[bool] = (False, True),
-) -> list[Candidate]:
-    """The settings that a method is tried with; "auto" tries those of `AUTO`.
-
-    A method with `bits` is tried at all widths, with `group` at all group sizes, with `symmetric` both ways.
-    """
-    found_: list[Candidate] = []
-    for slug in AUTO if method == "auto" else (method,):
-        system = find(slug)
-        function, settings = named(system.method), named(system.settings)
-        names = {field.name for field in dataclasses.fields(settings)}
-        if "bits" not in names:
-            found_.append(Candidate(slug, function, settings()))
-            continue
-        schemes: Sequence[dict[str, Any]] = [{}]
-        if "group" in names:
-            schemes = [{"group": group} for group in groups]
-        if "symmetric" in names:
-            schemes = [{**scheme, "symmetric": way} for scheme in schemes for way in symmetric]
-        found_ += [Candidate(slug, function, settings(bits=b, **scheme)) for b in bits for scheme in schemes]
-    return found_
-
-
-def plan(
-    model: nn.Module,
-    task: Task,
-    budget: Budget,
-    *,
-    method: str = "auto",
-    distortion: Distortion = "kl",
-) -> tuple[Plan, list[Option]]:
-    """The best plan within the budget, and all options that it was chosen from.
-
-    Raises `BadInput` for a network without layers to compress or with NaN weights, `ImpossibleBudget` for a
-    budget that cannot be met.
-    """
-    layers = planned_layers(model, budget)
-    priced = options(model, task, layers, candidates(method), distortion=distortion)
-    if all(option.method == "keep" for option in priced):
-        raise DoesNotFit(
-            f"{method}: none of the {len(layers)} layers can be treated; choose another --method"
-        )
-    return allocate(priced, budget.in_bytes(float_bytes(model)), fixed=fixed_bits(model, layers)), priced
-
-
-def planned_layers(model: nn.Module, budget: Budget) -> list[str]:
-    """The layers that a budget speaks of: Linear and Conv; a budget of bytes also takes embedding tables in.
-
-    Raises `BadInput` where there are none, or where a weight is not finite.
-    """
-    layers = weighted(model, embeddings=budget.size is not None or budget.share is not None)
-    if not layers:
-        raise BadInput(
-            "the network has no Linear or Conv layer with a weight of its own; there is nothing to compress"
-        )
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise BadInput(f"the network's tensor {name} holds NaN or Inf; repair or retrain it first")
-    return layers
-
-
-def float_bytes(model: nn.Module) -> int:
-    """Bytes of the network's tensors with every floating-point number in float32, shared ones counted
-    once."""
-    tensors = {t.data_ptr(): t for t in model.state_dict().values()}
-    return sum((4 if t.is_floating_point() else t.element_size()) * t.numel() for t in tensors.values())
-
-
-def fixed_bits(model: nn.Module, layers: Sequence[str]) -> float:
-    """Bits of the file that planning cannot change: other tensors, and the file's header."""
-    planned = {weight_of(model, layer).data_ptr() for layer in layers}
-    tensors = {t.data_ptr(): t for t in model.state_dict().values() if t.data_ptr() not in planned}
-    stored = sum(8 * t.numel() * t.element_size() for t in tensors.values())
-    return float(stored + HEADER * (len(tensors) + 3 * len(layers)))
+__all__ = ["compare", "compress", "load", "plan", "write"]
 
 
 def compress(
@@ -136,29 +47,16 @@ def compress(
     """
     if out is not None:
         io.may_replace(out)
+    if is_whole(method):
+        settings = uniform(model, budget, method)
+        change = catalogue.method(method)(model, task.blind(), planned_layers(model, budget), settings)
+        return assemble(model, change, as_plan(model, change, method, settings))
     work = Work.open(out, fingerprint(model, task, budget, method, distortion), resume=resume)
     chosen = work.plan()
     if chosen is None:
         chosen, priced = plan(model, task, budget, method=method, distortion=distortion)
         work.keep_plan(chosen, priced)
     return assemble(model, Change(carry_out(model, task, chosen, work)), chosen)
-
-
-def carry_out(model: nn.Module, task: Task, chosen: Plan, work: Work = NOTHING) -> dict[str, Packed]:
-    """The packed weight of every layer of a plan; finished ones are taken from `work`, new ones kept
-    there."""
-    packed: dict[str, Packed] = {}
-    for option in steps([*chosen.choices.values()], "Compressing"):
-        if option.method == "keep":
-            continue
-        form = work.form(option.layer)
-        if form is None:
-            system = find(option.method)
-            settings = named(system.settings)(**option.settings)
-            form = named(system.method)(model, task.blind(), [option.layer], settings).packed[option.layer]
-            work.keep_form(option.layer, form)
-        packed[option.layer] = form
-    return packed
 
 
 def compare(

@@ -6,7 +6,7 @@
                                 -> write its shard, forget it
 
 Peak memory is one block, its Gram matrices and two sets of calibration activations, whatever the depth.
-Each block is an ordinary network to the methods: `pipeline.plan` sees a module from hidden states to hidden
+Each block is an ordinary network to the methods: the planner sees a module from hidden states to hidden
 states. Because X_(i+1) comes from the COMPRESSED block, later blocks make up for earlier errors (Frantar et
 al. 2023, section 4). Embedding, final norm and head stay as they are. A killed run goes on at the first
 block without a shard.
@@ -35,7 +35,7 @@ from netweight.core.progress import steps
 from netweight.core.task import Data, Task, outputs
 from netweight.evidence.sensitivity import options
 from netweight.models.huggingface import describe
-from netweight.pipeline import candidates, carry_out, planned_layers
+from netweight.planning import candidates, carry_out, planned_layers
 from netweight.resume import data_hash, place
 
 BLOCKS = ("model.layers", "model.decoder.layers")  # where decoder blocks lie in a transformers model
@@ -89,17 +89,21 @@ def compress_folder(
     where, blocks = _blocks(shell)
     index = Shards(folder)
     partial = _open(out, folder, tokens, budget, method, resume)
-    x = _first_inputs(shell, index, partial, tokens, rotary)
-    for number in steps(range(len(blocks)), "Compressing block by block"):
-        if (partial / f"block-{number:05}.json").exists():
-            continue
+    done = sum((partial / f"block-{number:05}.json").exists() for number in range(len(blocks)))
+    x = (
+        io.read_tensors(partial / f"hidden-{done:05}.safetensors")["x"]
+        if done
+        else _embed(shell, index, tokens)
+    )
+    for number in steps(range(done, len(blocks)), "Compressing block by block"):
         hidden = Data(x, batch=tokens.batch, name=f"block {number}")
         small = _one_block(
             Block(_load(blocks[number], index, f"{where}.{number}."), rotary), hidden, budget, method, group
         )
         x = outputs(small.model, hidden)
-        io.write_tensors(partial / "hidden.safetensors", {"x": x, "next": torch.tensor(number + 1)})
+        io.write_tensors(partial / f"hidden-{number + 1:05}.safetensors", {"x": x})
         _write_block(partial, number, small, f"{PREFIX}.{where}.{number}.")
+        (partial / f"hidden-{number:05}.safetensors").unlink(missing_ok=True)
         blocks[number] = nn.Identity()
         del small
         gc.collect()
@@ -175,16 +179,11 @@ def _load(module: nn.Module, index: Shards, prefix: str) -> nn.Module:
     return module
 
 
-def _first_inputs(
-    shell: nn.Module, index: Shards, partial: Path, tokens: Data, rotary: nn.Module | None
-) -> Tensor:
-    """The inputs of the first block that has no shard yet."""
-    if (partial / "hidden.safetensors").exists():
-        return io.read_tensors(partial / "hidden.safetensors")["x"]
-    inner = shell.get_submodule(
-        BLOCKS[0].rpartition(".")[0] if rotary is not None else BLOCKS[1].rpartition(".")[0]
-    )
-    prefix = "model." if rotary is not None else "model.decoder."
+def _embed(shell: nn.Module, index: Shards, tokens: Data) -> Tensor:
+    """The inputs of the first block, `b t d` float32: token embeddings, and positions where the model adds
+    them."""
+    prefix = "model.decoder." if hasattr(shell.model, "decoder") else "model."
+    inner = shell.get_submodule(prefix.removesuffix("."))
     table = index.read(prefix + "embed_tokens.weight")
     if int(tokens.x.max()) >= len(table):
         raise BadInput(

@@ -89,15 +89,19 @@ def write_checkpoint(folder: Path, width: int, depth: int, vocabulary: int = 100
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
-    shards: dict[str, dict[str, Tensor]] = {}
-    for name, like in shapes.items():
-        shard = name.split(".")[2] if name.startswith("model.layers.") else "rest"
-        value = (
-            torch.ones(like.shape) if like.ndim == 1 else torch.randn(like.shape, generator=generator) * 0.02
-        )
-        shards.setdefault(shard, {})[name] = value.bfloat16()
-        if sum(key.startswith(f"model.layers.{shard}.") for key in shapes) == len(shards[shard]):
-            io.write_tensors(folder / f"model-{shard}.safetensors", shards.pop(shard))
-            shards[shard] = {}
-    io.write_tensors(folder / "model-rest.safetensors", shards["rest"])
+    shards: dict[str, list[str]] = {}
+    for name in shapes:
+        part = name.split(".")[2] if name.startswith("model.layers.") else "rest"
+        shards.setdefault(f"model-{part}.safetensors", []).append(name)
+    for file, names in shards.items():
+        io.write_tensors(folder / file, {name: random_weight(shapes[name], generator) for name in names})
+    where = {name: file for file, names in shards.items() for name in names}
+    io.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def random_weight(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Ones for a norm, small normal numbers for a matrix, in bfloat16."""
+    if like.ndim == 1:
+        return torch.ones(like.shape, dtype=torch.bfloat16)
+    return (torch.randn(like.shape, generator=generator) * 0.02).bfloat16()

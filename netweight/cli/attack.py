@@ -25,7 +25,7 @@ def attack(
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:
-    """Search for inputs that MODEL gets wrong; with --against, for inputs on which it leaves ORIGINAL."""
+    """Search for inputs that MODEL gets wrong. With --against: on which it leaves ORIGINAL."""
     from netweight.core import catalogue
 
     slug = method or ("disagree" if against else "pgd")

@@ -33,7 +33,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="Built-in name, file.onnx, file.pt2, checkpoint folder, package.module:factory, or a folder of netweight.",
+        help="Built-in name, file.onnx, file.pt2, package.module:factory, checkpoint or netweight folder.",
     ),
 ]
 DataName = Annotated[
@@ -66,7 +66,7 @@ _DEBUG = Annotated[bool, typer.Option("--debug", help="Show the traceback of an 
 
 
 def command(function: Callable[..., bool | None]) -> Callable[..., None]:
-    """The function as a command, with `--debug` added: a False it returns is exit code 1, a mistake one sentence."""
+    """The function as a command with `--debug`: False from it is exit code 1, a mistake one sentence."""
 
     @functools.wraps(function)
     def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:

@@ -25,7 +25,7 @@ def compare(
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:
-    """Show what making ORIGINAL into SMALLER did: measured, attacked, proven."""
+    """Show what turning ORIGINAL into SMALLER did."""
     from netweight import pipeline
     from netweight.report import table
 

@@ -23,7 +23,7 @@ def compress(
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> bool:
-    """Make MODEL as small as the budget says and show what that did to it."""
+    """Make MODEL as small as a budget says; show what that broke."""
     from netweight import pipeline
     from netweight.core.plan import Budget
     from netweight.report import table

@@ -25,7 +25,7 @@ def export(
     ] = None,
     json: common.Json = False,
 ) -> None:
-    """Write the network of DIR for another runtime, and check that it computes the same there."""
+    """Write a compressed network for another runtime, and check it."""
     from netweight import pipeline
     from netweight.deployment import onnx
 

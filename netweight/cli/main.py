@@ -8,6 +8,7 @@ import typer
 
 from netweight import __version__
 from netweight.cli.attack import attack
+from netweight.cli.bench import bench
 from netweight.cli.common import command
 from netweight.cli.compare import compare
 from netweight.cli.compress import compress
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for function in (compress, plan, compare, verify, attack, export, methods, reproduce):
+for function in (compress, plan, compare, verify, attack, export, methods, reproduce, bench):
     app.command(function.__name__)(command(function))
 
 

@@ -21,7 +21,7 @@ def plan(
     metric: common.MetricName = None,
     json: common.Json = False,
 ) -> None:
-    """Show the plan alone: per layer what is chosen, what it stores, how much it distorts."""
+    """Show what would be chosen for each layer, without doing it."""
     from netweight import pipeline
     from netweight.core.plan import Budget
     from netweight.report import table

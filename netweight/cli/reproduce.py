@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from netweight.cli import common
 from netweight.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def reproduce(
@@ -28,7 +31,7 @@ def reproduce(
     workers: Annotated[int, typer.Option(min=1, help="Seeds at the same time (more than 1 needs Ray).")] = 1,
     json: common.Json = False,
 ) -> bool:
-    """Run the reproduction of SLUG and hold its claim against what is measured."""
+    """Hold a paper's claim against what is measured here."""
     from netweight.core import catalogue
     from netweight.reproduce import harness
 
@@ -46,24 +49,23 @@ def reproduce(
     found = [outcome.to_json() for outcome in outcomes]
     content = {"outcomes": found} if slug is None else found[0]
 
-    def shown():  # noqa: ANN202
-        from rich.console import Group
-
-        from netweight.report import table
-
-        return Group(
-            *(
-                part
-                for one in found
-                for part in (f"{one['slug']}: {one['claim']}", table.bars(one), "\n".join(_told(one)))
-            )
-        )
-
-    common.answer(content, shown, as_json=json)
+    common.answer(content, lambda: _told(found), as_json=json)
     return all(outcome.passed for outcome in outcomes)
 
 
-def _told(outcome: dict) -> list[str]:
-    seeds = ", ".join(map(str, outcome["seeds"]))
-    where = "a quick run, not recorded" if outcome["quick"] else f"recorded in results/{outcome['slug']}.json"
-    return [f"seeds {seeds}; {outcome['seconds']:.0f} s; {where}"]
+def _told(found: list[dict[str, Any]]) -> RenderableType:
+    """Each claim with its table of bars and how it was had."""
+    from rich.console import Group
+
+    from netweight.report import table
+
+    parts: list[RenderableType] = []
+    for one in found:
+        seeds = ", ".join(map(str, one["seeds"]))
+        where = "a quick run, not recorded" if one["quick"] else f"recorded in results/{one['slug']}.json"
+        parts += [
+            f"{one['slug']}: {one['claim']}",
+            table.bars(one),
+            f"seeds {seeds}; {one['seconds']:.0f} s; {where}",
+        ]
+    return Group(*parts)

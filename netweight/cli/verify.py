@@ -18,7 +18,7 @@ def verify(
     limit: common.Limit = 100,
     json: common.Json = False,
 ) -> None:
-    """Prove on how many test inputs the class cannot change; with --against, how far two networks can part."""
+    """Prove on which inputs the class cannot change. With --against: how far two networks can part."""
     from netweight.verification import bounds
 
     inside = common.perturbation(common.required(within, "--within", "linf=0.01"))
@@ -35,11 +35,11 @@ def verify(
     common.answer(content, lambda: common.lines(content), as_json=json)
 
 
-def _certified(found) -> dict:  # noqa: ANN001
+def _certified(found) -> dict:
     return dict(found.summary())
 
 
-def _apart(found) -> dict:  # noqa: ANN001
+def _apart(found) -> dict:
     return {
         "examples": len(found.lower),
         "outputs differ by at most": float(found.upper.abs().maximum(found.lower.abs()).max()),

@@ -45,11 +45,11 @@ _SURVEY = "netweight.reproduce.quantization_survey"
 
 SYSTEMS = (
     System(
-        "rtn", "Rounding to the nearest grid point", "arXiv 2106.08295", 2021, "compression",
+        "rtn", "Rounding to the nearest grid point", "arXiv", 2021, "compression",
         f"{_C}.rtn:rtn", _SURVEY, f"{_C}.rtn:RTN", ("weights", "grid", "no data"),
     ),
     System(
-        "clip", "Ranges by error or percentile", "arXiv 2004.09602", 2020, "compression",
+        "clip", "Ranges by error or percentile", "arXiv", 2020, "compression",
         f"{_C}.clip:clip", _SURVEY, f"{_C}.clip:Clip", ("weights", "grid", "no data"),
     ),
     System(
@@ -65,7 +65,7 @@ SYSTEMS = (
         f"{_C}.magnitude:magnitude", "", f"{_C}.magnitude:Magnitude", ("weights", "pruning", "no data"),
     ),
     System(
-        "nm-magnitude", "N of M weights kept, the largest", "arXiv 2104.08378", 2021, "compression",
+        "nm-magnitude", "N of M weights kept, the largest", "arXiv", 2021, "compression",
         f"{_C}.nm_magnitude:nm_magnitude", "", f"{_C}.nm_magnitude:NMMagnitude",
         ("weights", "pruning", "no data"),
     ),
@@ -78,12 +78,12 @@ SYSTEMS = (
         "netweight.attacks.disagree:disagree", tags=("inputs", "gradients", "two networks"),
     ),
     System(
-        "ibp", "Interval bounds, layer by layer", "arXiv 1810.12715", 2018, "verification",
+        "ibp", "Interval bounds, layer by layer", "arXiv", 2018, "verification",
         "netweight.verification.bounds:bounds", tags=("inputs", "proof"),
     ),
     System(
         "quantization-survey", "A Survey of Quantization Methods for Efficient Neural Network Inference",
-        "arXiv 2103.13630", 2021, "compression", reproduction=_SURVEY, tags=("weights", "grid", "survey"),
+        "arXiv", 2021, "compression", reproduction=_SURVEY, tags=("weights", "grid", "survey"),
     ),
 )  # fmt: skip
 

@@ -115,8 +115,7 @@ def nearest(weight: Float[Tensor, out * rest], grid: Grid) -> Float[Tensor, out 
 
 
 def pack(codes: UInt8[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " bytes"]:
-    """Codes of 1 to 8 bits, little-endian: eight codes fill `bits` bytes; the last eight are filled up with
-    0."""
+    """Codes of 1 to 8 bits one after the other, little-endian; what is left of the last byte is 0."""
     flat = codes.reshape(-1)
     if bits == 8:
         return flat.clone()
@@ -125,19 +124,24 @@ def pack(codes: UInt8[Tensor, "*shape"], bits: int) -> UInt8[Tensor, " bytes"]:
     word = torch.zeros(len(eights), dtype=torch.int64, device=flat.device)
     for place in range(8):
         word |= eights[:, place].to(torch.int64) << (bits * place)
-    return torch.stack([(word >> (8 * byte)) & 255 for byte in range(bits)], 1).to(torch.uint8).reshape(-1)
+    whole = torch.stack([(word >> (8 * byte)) & 255 for byte in range(bits)], 1).to(torch.uint8)
+    return whole.reshape(-1)[: packed_bytes(flat.numel(), bits)].clone()
 
 
 def unpack(packed: UInt8[Tensor, " bytes"], bits: int, count: int) -> UInt8[Tensor, " count"]:
     """The first `count` codes of `pack`."""
     if bits == 8:
         return packed[:count]
-    word = torch.zeros(len(packed) // bits, dtype=torch.int64, device=packed.device)
-    for byte, values in enumerate(packed.reshape(-1, bits).unbind(1)):
+    words = -(-len(packed) // bits)
+    whole = torch.zeros(words * bits, dtype=torch.uint8, device=packed.device)
+    whole[: len(packed)] = packed
+    word = torch.zeros(words, dtype=torch.int64, device=packed.device)
+    for byte, values in enumerate(whole.reshape(-1, bits).unbind(1)):
         word |= values.to(torch.int64) << (8 * byte)
-    mask = 2**bits - 1
-    return (
-        torch.stack([(word >> (bits * place)) & mask for place in range(8)], 1)
-        .to(torch.uint8)
-        .reshape(-1)[:count]
-    )
+    codes = torch.stack([(word >> (bits * place)) & (2**bits - 1) for place in range(8)], 1)
+    return codes.to(torch.uint8).reshape(-1)[:count]
+
+
+def packed_bytes(count: int, bits: int) -> int:
+    """Bytes that `pack` makes of `count` codes."""
+    return -(-count * bits // 8)

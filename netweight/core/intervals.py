@@ -19,7 +19,7 @@ CHUNK = 1 << 22  # resampled values in memory at a time
 
 
 def clopper_pearson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """The interval (low, high) of a share that was seen `hits` times in n; covers it with at least `level`."""
+    """The interval (low, high) of a share seen `hits` times in n; covers it with at least `level`."""
     _check(hits, n, level)
     tail = (1 - level) / 2
     low = 0.0 if hits == 0 else float(beta.ppf(tail, hits, n - hits + 1))
@@ -94,7 +94,7 @@ def is_rate(values: Float[np.ndarray, " n"]) -> bool:
 
 
 def quantile_interval(values: Float[np.ndarray, " n"], q: float, level: float = 0.95) -> tuple[float, float]:
-    """Two of the values with the q-quantile between them, with at least `level`; infinite if n is too small."""
+    """Two of the values with the q-quantile between them, at least at `level`; infinite if n is too small."""
     _check(0, len(values), level)
     ranked, n, tail = np.sort(values), len(values), (1 - level) / 2
     below = int(binom.ppf(tail, n, q))  # P(fewer than `below` values lie under the quantile) <= tail

@@ -35,7 +35,7 @@ class Perturbation(Protocol):
     """A set around x; the first axis counts examples (for weights: rows)."""
 
     def project(self, s: Tensor, x: Tensor) -> Tensor:
-        """A point of the set near s (the nearest, but for L2 and L1 within a range); s itself if it is inside."""
+        """A point of the set near s (the nearest, but for L2 and L1 within a range); s itself if inside."""
         ...
 
     def sample(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -61,6 +61,13 @@ class Found:
 
     points: Tensor
     hit: Bool[Tensor, " b"]
+
+
+def _spelled(self: Perturbation) -> str:
+    """The words that `parse` reads, to six digits and without the valid range."""
+    name = type(self).__name__.lower()
+    values = [getattr(self, key) for key in ("eps", "k", "bits") if hasattr(self, key)]
+    return f"{name}={values[0]:g}" if values else name
 
 
 # Arithmetic that does not lie ---------------------------------------------------------------------------
@@ -262,6 +269,7 @@ class Linf:
     __post_init__ = _checked_ball
     project, sample, contains = _ball_project, _ball_sample, _ball_contains
     corners, support, steepest = _ball_corners, _ball_support, _ball_steepest
+    __str__ = _spelled
 
 
 @dataclass(frozen=True)
@@ -275,6 +283,7 @@ class L2:
     __post_init__ = _checked_ball
     project, sample, contains = _ball_project, _ball_sample, _ball_contains
     corners, support, steepest = _ball_corners, _ball_support, _ball_steepest
+    __str__ = _spelled
 
 
 @dataclass(frozen=True)
@@ -288,6 +297,7 @@ class L1:
     __post_init__ = _checked_ball
     project, sample, contains = _ball_project, _ball_sample, _ball_contains
     corners, support, steepest = _ball_corners, _ball_support, _ball_steepest
+    __str__ = _spelled
 
 
 @dataclass(frozen=True)
@@ -301,6 +311,7 @@ class WeightLinf:
     __post_init__ = _checked_ball
     project, sample, contains = _ball_project, _ball_sample, _ball_contains
     corners, support = _ball_corners, _ball_support
+    __str__ = _spelled
 
 
 Ball = Linf | L2 | L1 | WeightLinf
@@ -369,6 +380,7 @@ class Box:
 
     project, sample, contains = _cell_project, _cell_sample, _cell_contains
     corners, support = _cell_corners, _cell_support
+    __str__ = _spelled
 
 
 @dataclass(frozen=True)
@@ -399,6 +411,7 @@ class Rounding:
 
     project, sample, contains = _cell_project, _cell_sample, _cell_contains
     corners, support = _cell_corners, _cell_support
+    __str__ = _spelled
 
 
 Cell = Box | Rounding
@@ -434,6 +447,7 @@ class BitFlips:
 
     k: int
     __post_init__ = _checked_flips
+    __str__ = _spelled
 
     def project(self, s: UInt8[Tensor, "b *in"], x: UInt8[Tensor, "b *in"]) -> UInt8[Tensor, "b *in"]:
         """The k most significant of the bits in which s differs."""
@@ -485,6 +499,7 @@ class EdgeFlips:
 
     k: int
     __post_init__ = _checked_flips
+    __str__ = _spelled
 
     def project(self, s: Num[Tensor, "b n n"], x: Num[Tensor, "b n n"]) -> Num[Tensor, "b n n"]:
         """The k edges that s moved furthest, of those it moved by more than a half."""
@@ -546,7 +561,7 @@ WHOLE = ("rounding", "bitflips", "edgeflips")
 
 
 def parse(text: str) -> Perturbation:
-    """From "linf=0.01", "linf=2/255", "l2=0.5", "l1=3", "weightlinf=0.1", "rounding", "rounding=4", "bitflips=3"."""
+    """From "linf=0.01", "linf=2/255", "l2=0.5", "l1=3", "rounding", "rounding=4", "bitflips=3", ..."""
     name, _, value = (word.strip() for word in text.partition("="))
     if name.lower() not in SETS:
         raise unknown("set", name, SETS)
@@ -564,15 +579,8 @@ def parse(text: str) -> Perturbation:
         ) from error
 
 
-def spelled(within: Perturbation) -> str:
-    """The words that `parse` reads, without the valid range."""
-    name = type(within).__name__.lower()
-    values = [getattr(within, key) for key in ("eps", "k", "bits") if hasattr(within, key)]
-    return f"{name}={values[0]:g}" if values else name
-
-
 def with_range(within: Perturbation, low: float | None, high: float | None) -> Perturbation:
-    """The set cut to valid inputs; sets of weights, memories and graphs have no range and stay as they are."""
+    """The set cut to valid inputs; sets of weights, memories and graphs have no range and stay."""
     if isinstance(within, Linf | L2 | L1):
         lows = [bound for bound in (within.low, low) if bound is not None]
         highs = [bound for bound in (within.high, high) if bound is not None]
@@ -605,9 +613,7 @@ def ascend(
     cosine. What has reached leaves the batch; elsewhere the best point seen is kept.
     """
     if not isinstance(within, Linf | L2 | L1 | Box):
-        raise DoesNotFit(
-            f"{spelled(within)} is no set of inputs; give one of linf, l2, l1 to search around an input"
-        )
+        raise DoesNotFit(f"{within} is no set of inputs; give one of linf, l2, l1 to search around an input")
     generator = torch.Generator().manual_seed(seed)
     points = within.project(x, x)
     best, hit = (value.detach() for value in score(points, torch.arange(len(x), device=x.device)))

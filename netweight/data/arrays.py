@@ -17,15 +17,15 @@ from netweight.core.io import existing_file
 from netweight.core.task import Data
 from netweight.data.split import Split, at_random, calibration_count, part
 
-LARGEST = 16 << 30  # bytes of all arrays that are read from one file
+LARGEST = 4 << 30  # bytes of all arrays that are read from one file
 PARTS = ("", "_train", "_calibration", "_test")
 
 
 def read_arrays(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """Those of the named arrays that the file holds.
 
-    Raises `BadInput` for a file that is missing, empty, truncated, no .npz, larger than 16 GiB when unpacked, or
-    that holds Python objects.
+    Raises `BadInput` for a file that is missing, empty, truncated, no .npz, larger than 4 GiB when unpacked,
+    or that holds Python objects.
     """
     path = existing_file(path, "a .npz file of arrays")
     try:
@@ -133,7 +133,7 @@ def values_of(x: np.ndarray) -> tuple[Tensor, float | None, float | None]:
 
 
 def labels_of(y: np.ndarray, where: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Labels as int64 class numbers (words by their rank), tokens, or float32 targets, and the classes' names."""
+    """Labels: int64 class numbers (words by their rank) or tokens, or float32 targets; the classes' names."""
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 and y.dtype.kind != "f" else y
     if y.dtype.kind in "US" and y.ndim == 1:
         names, numbers = np.unique(y.astype(str), return_inverse=True)

@@ -19,7 +19,7 @@ from netweight.data.shared import shared_data as shared_data
 from netweight.data.split import Split, at_random, in_order
 
 BUILT_IN = ("digits", "cifar10", "mnist", "wikitext2", "shakespeare")
-TEXT_CALIBRATION = 128  # windows of the training text
+TEXT_CALIBRATION, TEXT_TEST = 128, 256  # windows of WikiText-2, spread over the whole texts
 TRAIN = 10_000  # images of the large built-in sets that `Split.train` holds
 KINDS = "a built-in name, file.npz, a folder of images by class, file.csv:target or file.txt"
 
@@ -67,7 +67,8 @@ def _built_in(name: str, model: nn.Module | None, length: int) -> Split:
     train = text.windows(tokenizer(text.wikitext2("train")), length, name="wikitext2 (train)")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     test = text.windows(tokenizer(text.wikitext2("test")), length, name="wikitext2 (test)")
-    return Split(train.rows(order[:TEXT_CALIBRATION]), test, lambda: train)
+    spread = torch.arange(0, len(test), max(1, len(test) // TEXT_TEST))[:TEXT_TEST]
+    return Split(train.rows(order[:TEXT_CALIBRATION]), test.rows(spread), lambda: train)
 
 
 def tokenizer_of(model: nn.Module | None) -> text.Tokenizer:
@@ -86,7 +87,7 @@ def window(model: nn.Module | None, length: int) -> int:
 
 @torch.no_grad()
 def check(data: Data, model: nn.Module) -> None:
-    """Raises `DoesNotFit` where the model cannot take the examples, or `BadInput` where labels are none of its outputs.
+    """Raises `DoesNotFit` where the model cannot take the examples, `BadInput` for labels that do not fit.
 
     Runs the model on two examples: of token numbers, those with the largest and the smallest.
     """
@@ -100,7 +101,8 @@ def check(data: Data, model: nn.Module) -> None:
     except Exception as error:  # a module raises anything for a shape it does not take
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DoesNotFit(
-            f"{data.name}: examples {_shape(data.x)} do not fit the model ({reason}); give data of its input shape"
+            f"{data.name}: examples {_shape(data.x)} do not fit the model ({reason}); "
+            "give data of its input shape"
         ) from error
     finally:
         model.train(was_training)

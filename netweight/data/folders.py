@@ -21,10 +21,10 @@ LARGEST = 16 << 30  # bytes of all images as float32
 
 
 def load(folder: str | Path, seed: int = 0) -> Split:
-    """The parts of a folder of images: folder/CLASS/image.png, or folder/train/CLASS/... and folder/test/CLASS/....
+    """The parts of a folder of images: folder/CLASS/image.png, or that below folder/train and folder/test.
 
-    Images are `b 3 h w` (`b 1 h w` if all are grey) in [0, 1], all of one size; classes are numbered in sorted order.
-    Raises `BadInput` for a folder without images, an image that cannot be read, and images of different sizes.
+    Images are `b 3 h w` (`b 1 h w` if all are grey) in [0, 1] and of one size; classes are numbered in sorted
+    order. Raises `BadInput` for a folder without images, an unreadable one, and images of different sizes.
     """
     folder = Path(folder)
     if {entry.name for entry in folder.iterdir() if entry.is_dir()} != {"train", "test"}:

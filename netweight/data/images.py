@@ -1,7 +1,8 @@
 """CIFAR-10 and MNIST from the data folder, as float32 images in [0, 1], channels first.
 
 CIFAR-10 (Krizhevsky, 2009) is kept as JPEG: networks trained on the lossless images lose about ten points of
-accuracy on it, so a compressed network is compared with its original on the same images, not with a published number.
+accuracy on it, so a compressed network is compared with its original on the same images, not with a published
+number.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Images:
     prefix: str
 
     def train(self, count: int | None = None) -> Data:
-        """The first `count` training images (all: 50,000 or 60,000); the order is random, so a prefix is balanced."""
+        """The first `count` training images (all: 50,000 or 60,000); in random order, so balanced."""
         return self._part("train", count, "train")
 
     def calibration(self, count: int = CALIBRATION) -> Data:

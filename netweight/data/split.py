@@ -29,7 +29,7 @@ class Split:
 
 
 def at_random(data: Data, seed: int = 0) -> Split:
-    """A quarter of the examples, at most 1024, to calibrate on, the others to test on; the same for the same seed."""
+    """A quarter of the examples, at most 1024, to calibrate on, the others to test on; fixed by the seed."""
     if len(data) < 2:
         raise BadInput(
             f"{data.name}: one example cannot be split into calibration and test; give at least two"
@@ -40,7 +40,7 @@ def at_random(data: Data, seed: int = 0) -> Split:
 
 
 def in_order(data: Data) -> Split:
-    """The same shares with the first examples to calibrate on: for windows of one text, whose neighbours are alike."""
+    """The same shares, with the first examples to calibrate on: neighbouring windows of a text are alike."""
     if len(data) < 2:
         raise BadInput(
             f"{data.name}: one window cannot be split into calibration and test; give a longer text"

@@ -20,15 +20,15 @@ MOST_CLASSES = 100  # whole numbers with more different values are targets, not 
 
 
 def load(path: str | Path, target: str | None = None) -> Data:
-    """The examples of a table: x `b f` float32 in the units of the file, y from the column `target` (or the last).
+    """The examples of a table: x `b f` float32 in the units of the file, y from column `target` (else last).
 
-    The first line is a header if none of its cells is a number, or if it holds `target`. Commas, semicolons or tabs
-    separate cells. A target of words, or of at most 100 different whole numbers, becomes class numbers in sorted
-    order; any other becomes `b 1` float32. Raises `BadInput` for anything that is not such a table.
+    The first line is a header if it holds `target`, or no number where the next line has some. Commas,
+    semicolons or tabs separate cells. A target of words, or of at most 100 different whole numbers, becomes
+    class numbers in sorted order; any other becomes `b 1` float32. Raises `BadInput` for anything else.
     """
     rows, header = _rows(existing_file(path, "a table", at_most=LARGEST), target)
-    place = _place(header, target)
     names = header or [f"number {i + 1}" for i in range(len(rows[0]))]
+    place = len(names) - 1 if target is None else _place(header, target)
     if len(names) < 2:
         raise BadInput(f"{path}: there is one column; a table needs at least one feature and the target")
     columns = [[row[i] for row in rows] for i in range(len(names))]
@@ -60,7 +60,7 @@ def _rows(path: Path, target: str | None) -> tuple[list[list[str]], list[str] | 
             )
     rows = [row for _, row in lines]
     words = not any(_is_number(cell) for cell in rows[0])
-    is_header = (words and any(_is_number(c) for row in rows[1:2] for c in row)) or (target or "") in rows[0]
+    is_header = (words and any(_is_number(c) for row in rows[1:2] for c in row)) or target in rows[0]
     if not is_header:
         return rows, None
     if len(rows) == 1:
@@ -68,10 +68,8 @@ def _rows(path: Path, target: str | None) -> tuple[list[list[str]], list[str] | 
     return rows[1:], rows[0]
 
 
-def _place(header: list[str] | None, target: str | None) -> int:
+def _place(header: list[str] | None, target: str) -> int:
     """Where the target stands."""
-    if target is None:
-        return -1 % len(header) if header else -1
     if header is None or target not in header:
         raise unknown(
             "column", target, header or ["(there is no header: leave the name out for the last column)"]

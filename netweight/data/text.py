@@ -3,8 +3,8 @@
     tokens = subwords(text)                          # `n` int64
     data = windows(tokens, length=128, name="text")  # x `b t`, y the next tokens, `b t`
 
-WikiText-2: Merity et al., "Pointer Sentinel Mixture Models", 2017. Its training part is not among the data files;
-the validation part and seven novels are trained on instead, and its test part is tested on.
+WikiText-2: Merity et al., "Pointer Sentinel Mixture Models", 2017. Its training part is not among the data
+files; the validation part and seven novels are trained on instead, and its test part is tested on.
 """
 
 from __future__ import annotations

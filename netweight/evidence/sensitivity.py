@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from netweight.core.compressed import Change, Packed, replace, weight_of
+from netweight.core.compressed import WEIGHTED, Change, Packed, replace, weight_of
 from netweight.core.errors import DoesNotFit, unknown
 from netweight.core.moments import Moments, moments
 from netweight.core.plan import Option
@@ -60,6 +60,7 @@ def options(
     """
     if distortion not in DISTORTIONS:
         raise unknown("distortion", distortion, DISTORTIONS)
+    _moments_of_all(model, task.calibration, layers)
     judge = Judge(model, task.calibration.take(examples)) if distortion != "output" else None
     found: list[Option] = []
     for layer in steps(layers, "Pricing the options of each layer"):
@@ -114,6 +115,11 @@ def _of_layer(
             continue
         priced.append((candidate, form, _error(form.decode() - weight, weight, seen)))
     return priced
+
+
+def _moments_of_all(model: nn.Module, data: Data, layers: Sequence[str]) -> None:
+    """Collect the moments of all layers in one pass; they are kept with the data."""
+    moments(model, data, [name for name in layers if isinstance(model.get_submodule(name), WEIGHTED)])
 
 
 def _moments(model: nn.Module, data: Data, layer: str) -> Moments | None:

@@ -1,4 +1,4 @@
-"""The embedded default network: a small CNN on scikit-learn's digits, trained where it is used in a few seconds."""
+"""The embedded default network: a small CNN on scikit-learn's digits, trained where it is used."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEAN, STD = 0.305, 0.376  # of the training images
 
 
 def digits_cnn(seed: int = 0) -> nn.Sequential:
-    """The trained network in eval mode; the same weights for the same seed, from the cache after the first time."""
+    """The trained network in eval mode; the same for the same seed, from the cache after the first time."""
     model = trained(f"digits-cnn-v{VERSION}-{seed}", architecture, lambda bare: fit(bare, seed), seed)
     assert isinstance(model, nn.Sequential)
     return mark(model, Origin("built-in", "digits-cnn"))  # type: ignore[return-value]
@@ -33,7 +33,7 @@ def skeleton(target: str, files: Mapping[str, bytes]) -> nn.Module:
 
 
 def architecture() -> nn.Sequential:
-    """Two convolutions with batch norm, halved by a stride, and two linear layers; 38 thousand random weights."""
+    """Two convolutions with batch norm, one of stride 2, and two linear layers; 38,330 random weights."""
     return nn.Sequential(
         Normalize([MEAN], [STD]),
         nn.Conv2d(1, 16, 3, padding=1, bias=False),

@@ -1,9 +1,9 @@
 """Networks from .pt2 files of `torch.export.save`, read without the loader of torch.
 
-That loader unpickles, evaluates expressions, imports modules by name and calls whatever a node's target says, so it
-is not for files from outside. Here the graph is taken from its JSON and the tensors from their raw bytes: a node may
-call `aten` operators and integer arithmetic only. Where the graph applies a weight the way a layer does, the layer
-is put there (`nn.Linear`, `nn.Conv2d`, ...), under its own name, so that it can be compressed.
+That loader unpickles, evaluates expressions and calls whatever a node's target says: nothing for files from
+outside. Here the graph is taken from its JSON and the tensors from their raw bytes: a node may call `aten`
+operators and integer arithmetic only. Where the graph applies a weight the way a layer does, the layer is put
+there (`nn.Linear`, `nn.Conv2d`, ...), under its own name, so that it can be compressed.
 """
 
 from __future__ import annotations
@@ -31,14 +31,19 @@ KINDS = {  # the numbers that the format gives to element types
     7: torch.float32, 8: torch.float64, 12: torch.bool, 13: torch.bfloat16,
 }  # fmt: skip
 ARITHMETIC = ("add", "sub", "mul", "floordiv", "mod", "neg", "getitem", "eq", "ne", "lt", "le", "gt", "ge")
-WORDS = ("none", "tanh", "floor", "trunc")  # texts that an operator of a network takes; never the name of a file
+WORDS = (
+    "none",
+    "tanh",
+    "floor",
+    "trunc",
+)  # texts that an operator of a network takes; never the name of a file
 PLAIN = ("as_int", "as_ints", "as_float", "as_floats", "as_bool", "as_bools")
 
 
 def read(path: str | Path) -> fx.GraphModule:
     """The network of a .pt2 file, in eval mode, from one tensor to one tensor.
 
-    Raises `BadInput` for a file that is missing, damaged, holds pickled tensors, or does more than such a network.
+    Raises `BadInput` for a file that is missing, damaged, holds pickles, or does more than such a network.
     """
     path = existing_file(path, "a .pt2 file of torch.export.save")
     try:
@@ -50,7 +55,9 @@ def read(path: str | Path) -> fx.GraphModule:
         raise BadInput(f"{path}: {error}") from error
     except Exception as error:  # whatever is missing or of another type in somebody else's JSON
         reason = f"{type(error).__name__} {error}".splitlines()[0]
-        raise BadInput(f"{path}: not a whole .pt2 file ({reason}); write it with torch.export.save") from error
+        raise BadInput(
+            f"{path}: not a whole .pt2 file ({reason}); write it with torch.export.save"
+        ) from error
     mark(model, Origin("factory", str(path)))
     return model.eval()
 
@@ -59,9 +66,13 @@ def _member(archive: zipfile.ZipFile, ending: str, at_most: int) -> bytes:
     """The content of the one member whose path ends so below the archive's root folder."""
     found = [i for i in archive.infolist() if i.filename.partition("/")[2] == ending]
     if len(found) != 1:
-        raise BadInput(f"it holds {len(found)} of {ending}, expected one; save one network with torch 2.9 or newer")
+        raise BadInput(
+            f"it holds {len(found)} of {ending}, expected one; save one network with torch 2.9 or newer"
+        )
     if found[0].file_size > at_most:
-        raise BadInput(f"{ending} has {found[0].file_size} bytes, more than {at_most}; give a smaller network")
+        raise BadInput(
+            f"{ending} has {found[0].file_size} bytes, more than {at_most}; give a smaller network"
+        )
     return archive.read(found[0])
 
 
@@ -75,8 +86,12 @@ def _tensors(archive: zipfile.ZipFile, what: str) -> dict[str, Tensor]:
     tensors = {}
     for name, entry in config.items():
         if entry["use_pickle"]:
-            raise BadInput(f"tensor {name!r} is pickled, and pickles are never loaded; export plain dense tensors")
-        tensors[name] = _tensor(_member(archive, f"data/{what}/{entry['path_name']}", LARGEST), entry["tensor_meta"])
+            raise BadInput(
+                f"tensor {name!r} is pickled, and pickles are never loaded; export plain dense tensors"
+            )
+        tensors[name] = _tensor(
+            _member(archive, f"data/{what}/{entry['path_name']}", LARGEST), entry["tensor_meta"]
+        )
     return tensors
 
 
@@ -116,7 +131,9 @@ class _Builder:
             self._node(node)
         outputs = self.signature["output_specs"]
         if len(outputs) != 1 or "user_output" not in outputs[0]:
-            raise BadInput("it has several outputs or changes its own buffers; export a network with one output tensor")
+            raise BadInput(
+                "it has several outputs or changes its own buffers; export a network with one output tensor"
+            )
         self.graph.output(self._argument(outputs[0]["user_output"]["arg"]))
         self.graph.lint()
         return fx.GraphModule(self.root, self.graph)
@@ -156,14 +173,18 @@ class _Builder:
         plain = {i["name"]: i["arg"].get(k) for i in node["inputs"] for k in PLAIN if k in i["arg"]}
         tensors = {argument: self.tensors[name] for argument, name in stored.items()}
         agree = all(name == f"{place}.{argument}" for argument, name in stored.items())
-        layer = layer_of(node["target"], tensors, plain) if agree else None
+        entered = node["inputs"][0]["arg"].get("as_tensor", {}).get("name")
+        dims = len(self.said["tensor_values"].get(entered, {}).get("sizes", []))
+        layer = layer_of(node["target"], tensors, plain, dims) if agree else None
         if layer is None or repr(self.layers.setdefault(place, layer)) != repr(layer):
             return None
         self._container(place, layer if self.layers[place] is layer else None)
-        return self.graph.call_module(place, (self._argument(node["inputs"][0]["arg"]),))
+        which = "indices" if node["target"].endswith("aten.embedding.default") else "input"
+        (x,) = (i["arg"] for i in node["inputs"] if i["name"] == which)
+        return self.graph.call_module(place, (self._argument(x),))
 
     def _container(self, place: str, layer: nn.Module | None = None) -> nn.Module:
-        """The module at that place, made where it is not there; `layer` is put there, in place of a bare one."""
+        """The module at that place, made where it is not there; `layer` takes the place of a bare one."""
         module = self.root
         *before, last = place.split(".") if place else [""]
         for part in before:
@@ -253,11 +274,15 @@ def _names(output: Mapping[str, Any]) -> list[str]:
 
 
 def _operator(target: str) -> Any:
-    """The function that a node calls; raises `BadInput` for any that is neither of aten nor integer arithmetic."""
+    """The function that a node calls; raises `BadInput` for one that is neither of aten nor arithmetic."""
     match target.split("."):
-        case ["torch", "ops", "aten", name, overload] if name.isidentifier() and not name.startswith("from_file"):
+        case ["torch", "ops", "aten", name, overload] if name.isidentifier() and not name.startswith(
+            "from_file"
+        ):
             packet = getattr(torch.ops.aten, name)
             return getattr(packet, overload)
         case ["_operator", name] if name in ARITHMETIC:
             return getattr(operator, name)
-    raise BadInput(f"it calls {target}, which is not an operator of a network; export it without custom operators")
+    raise BadInput(
+        f"it calls {target}, which is no operator of a network; call run_decompositions() on it before saving"
+    )

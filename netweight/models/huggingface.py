@@ -1,6 +1,6 @@
 """Networks of the transformers library, from a folder of config.json and safetensors, giving plain logits.
 
-A folder is somebody else's: its code is never run, nothing is unpickled, and nothing is fetched from anywhere.
+A folder is somebody else's: its code is never run, nothing is unpickled, nothing is fetched from anywhere.
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ class Classifier(nn.Module):
 def load(folder: str | Path) -> LanguageModel | Classifier:
     """The network of a folder in float32, in eval mode, with its tokenizer and its origin.
 
-    Raises `BadInput` for a folder without safetensors, with weights missing or of other shapes, of an architecture
-    that transformers does not have, or one that is quantised already; `MissingExtra` without transformers.
+    Raises `BadInput` for a folder without safetensors, with weights missing or of other shapes, of an
+    architecture that transformers does not have, or one that is quantised already; `MissingExtra` without
+    transformers.
     """
     folder = Path(folder)
     config = io.read_json(folder / "config.json", "the config of a Hugging Face model", at_most=LARGEST)
@@ -82,14 +83,23 @@ def load(folder: str | Path) -> LanguageModel | Classifier:
         raise
     except Exception as error:  # transformers raises anything for a damaged folder
         raise BadInput(
-            f"{folder}: transformers cannot load it ({_first_line(error)}); give a whole folder of safetensors"
+            f"{folder}: transformers cannot load it ({_first_line(error)}); "
+            "give a whole folder of safetensors"
         ) from error
     for what in ("missing_keys", "mismatched_keys"):
         if report.get(what):
             name = str(min(map(str, report[what])))
             raise BadInput(f"{folder}: tensor {name} is missing or of another shape; the folder is not whole")
+    origin = describe(folder)
+    return _wrapped(hf, origin.target, origin.files)
+
+
+def describe(folder: str | Path) -> Origin:
+    """Where the network of a folder comes from: its architecture, and the files beside its weights."""
+    folder = Path(folder)
+    config = io.read_json(folder / "config.json", "the config of a Hugging Face model", at_most=LARGEST)
     files = {name: _content(folder / name) for name in KEPT if (folder / name).is_file()}
-    return _wrapped(hf, _architecture(config, folder), files)
+    return Origin("huggingface", _architecture(config, folder), files)
 
 
 def skeleton(target: str, files: Mapping[str, bytes]) -> LanguageModel | Classifier:
@@ -122,7 +132,9 @@ def _architecture(config: Any, where: object) -> str:
     """The class of transformers that the config names."""
     names = config.get("architectures") if isinstance(config, dict) else None
     if not (isinstance(names, list) and names and isinstance(names[0], str) and _ending(names[0])):
-        raise BadInput(f"{where}: config.json names {names} as architectures; expected one ending in {", ".join(KINDS)}")
+        raise BadInput(
+            f"{where}: config.json names {names} as architectures; expected one ending in {', '.join(KINDS)}"
+        )
     return names[0]
 
 
@@ -143,7 +155,9 @@ def _refuse_pickles(folder: Path) -> None:
     if not list(folder.glob("*.safetensors")):
         pickled = sorted(p.name for p in folder.glob("*.bin"))
         found = f"only {pickled[0]}, a pickle, which is never loaded" if pickled else "no weights"
-        raise BadInput(f"{folder}: there is {found}; save it as safetensors (save_pretrained does) and give that folder")
+        raise BadInput(
+            f"{folder}: there is {found}; save it as safetensors (save_pretrained does) and give that folder"
+        )
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return

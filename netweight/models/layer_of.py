@@ -8,12 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 CONV = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+NORM = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}  # by axes of the input
 
 
-def layer_of(target: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> nn.Module | None:
+def layer_of(
+    target: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any], dims: int
+) -> nn.Module | None:
     """The layer of a call in a graph of torch.export, filled; None where no layer does the same.
 
     target: "torch.ops.aten.linear.default" and the like. tensors, plain: its arguments by name.
+    dims: axes of its input.
     """
     name = target.removeprefix("torch.ops.aten.").removesuffix(".default")
     weight, bias = tensors.get("weight"), tensors.get("bias")
@@ -23,8 +27,8 @@ def layer_of(target: str, tensors: Mapping[str, Tensor], plain: Mapping[str, Any
         layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
     elif name in CONV:
         layer = _conv(CONV[name], weight, bias is not None, plain)
-    elif name == "batch_norm" and len(tensors) == 4 and plain.get("training") is False:
-        layer = BatchNorm(len(weight), plain["eps"], plain["momentum"])
+    elif name == "batch_norm" and len(tensors) == 4 and plain.get("training") is False and dims in NORM:
+        layer = NORM[dims](len(weight), plain["eps"], plain["momentum"])
     elif name == "layer_norm" and bias is not None:
         layer = nn.LayerNorm(plain["normalized_shape"], plain.get("eps", 1e-5))
     elif name == "embedding":

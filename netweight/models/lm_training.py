@@ -1,6 +1,7 @@
 """Plain training of small language models, and the sizes that it is done at.
 
-    loss = mean negative log-likelihood of the next token;  AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101),
+    loss = mean negative log-likelihood of the next token,
+    AdamW (Loshchilov and Hutter, 2019, arXiv:1711.05101),
     rate r (1 + cos(pi t / T)) / 2 after a linear warm-up, gradient norm clipped at 1.
 
 `python -m netweight.models.lm_training` trains the built-in language models and leaves them in the cache.
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Training:
-    """steps of batch x length tokens each; rate: the highest learning rate; warmup: steps until it is reached."""
+    """`steps` of batch x length tokens each; rate: the highest learning rate; warmup: steps before it."""
 
     steps: int
     batch: int = 16
@@ -67,7 +68,7 @@ def rate_at(step: int, how: Training) -> float:
     return how.rate * warm * (1 + math.cos(math.pi * step / how.steps)) / 2
 
 
-def test_windows(tokenizer: Tokenizer, length: int = 128) -> Data:
+def held_out(tokenizer: Tokenizer, length: int = 128) -> Data:
     """The test text of WikiText-2 as windows of that tokenizer."""
     return windows(tokenizer(wikitext2("test")), length, name="wikitext2")
 
@@ -96,7 +97,7 @@ def main() -> None:
             start = time.perf_counter()
             model = make(seed)
             seconds = time.perf_counter() - start
-            reached = perplexity(model, test_windows(model.netweight_tokenizer).take(400))
+            reached = perplexity(model, held_out(model.netweight_tokenizer).take(400))
             logger.info("%s seed %d: %.0f s, test perplexity %.2f", make.__name__, seed, seconds, reached)
 
 

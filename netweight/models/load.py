@@ -1,9 +1,9 @@
-"""MODEL of the command line, as a network: in eval mode, from tensor to tensor, marked with where it comes from.
+"""MODEL of the command line, as a network: in eval mode, from tensor to tensor, marked with its origin.
 
-    model = load("digits-cnn")                      # built in, trained on first use
-    model = load("model.onnx")                      # or model.pt2 of torch.export
-    model = load("./checkpoint")                    # a folder of Hugging Face
-    model = load("mine.nets:build@best.safetensors")  # a function of yours, and weights for what it returns
+model = load("digits-cnn")                      # built in, trained on first use
+model = load("model.onnx")                      # or model.pt2 of torch.export
+model = load("./checkpoint")                    # a folder of Hugging Face
+model = load("mine.nets:build@best.safetensors")  # a function of yours, and weights for what it returns
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ ARCHITECTURE = {  # name: the function that gives it with random weights, from t
     "small-opt-quick": "netweight.models.opt:skeleton",
 }
 PICKLED = (".pt", ".pth", ".th", ".bin", ".pkl", ".ckpt")
-KINDS = "a built-in name, file.onnx, file.pt2, a Hugging Face folder, or package.module:factory[@weights.safetensors]"
+FACTORY = "package.module:factory[@weights.safetensors]"
+KINDS = f"a built-in name, file.onnx, file.pt2, a Hugging Face folder, or {FACTORY}"
 
 
 def load(name: str) -> nn.Module:
@@ -70,13 +71,14 @@ def _found(name: str) -> nn.Module:
         return _folder(path)
     match path.suffix.lower():
         case ".onnx":
-            return named("netweight.models.onnx_reader:read")(io.existing_file(path, "an ONNX network"))
+            path = io.existing_file(path, "an ONNX network")
+            return named("netweight.models.onnx_reader:read")(path)
         case ".pt2":
             return named("netweight.models.exported:read")(path)
         case suffix if suffix in PICKLED or (suffix == ".safetensors" and ":" not in name):
             raise BadInput(
-                f"{name}: the file holds weights and no architecture, and pickles are never loaded; give the function "
-                "that builds it as package.module:factory@weights.safetensors"
+                f"{name}: the file holds weights and no architecture, and pickles are never loaded; "
+                "give the function that builds it as package.module:factory@weights.safetensors"
             )
     if ":" in name:
         return _factory(name)
@@ -90,7 +92,9 @@ def _folder(path: Path) -> nn.Module:
     if (path / io.MARK).exists():
         raise BadInput(f"{path}: this folder holds a compressed network; read it with Compressed.load")
     if not (path / "config.json").is_file():
-        raise BadInput(f"{path}: there is no config.json; expected a Hugging Face folder (config.json, *.safetensors)")
+        raise BadInput(
+            f"{path}: there is no config.json; expected a Hugging Face folder (config.json, *.safetensors)"
+        )
     return named("netweight.models.huggingface:load")(path)
 
 
@@ -105,7 +109,9 @@ def _factory(name: str) -> nn.Module:
         finally:
             sys.path.remove("")
     except (ImportError, ValueError) as error:
-        raise BadInput(f"{name}: the module {module_name!r} cannot be imported ({error}); expected {KINDS}") from error
+        raise BadInput(
+            f"{name}: the module {module_name!r} cannot be imported ({error}); expected {KINDS}"
+        ) from error
     if not callable(getattr(module, function, None)):
         functions = [n for n, f in vars(module).items() if callable(f) and not n.startswith("_")]
         raise unknown(f"function of {module_name}", function, functions)
@@ -118,18 +124,22 @@ def _factory(name: str) -> nn.Module:
 
 
 def fill(model: nn.Module, tensors: Mapping[str, Tensor], source: str) -> None:
-    """Load tensors by name; every name and shape has to agree, else `BadInput` names the tensor and both shapes."""
+    """Load tensors by name; where one does not agree, `BadInput` names the tensor and both shapes."""
     wanted = model.state_dict()
     for name, tensor in tensors.items():
         if name not in wanted:
-            raise BadInput(f"{source}: tensor {name!r} {tuple(tensor.shape)} has no place in the network; give its own")
+            raise BadInput(
+                f"{source}: tensor {name!r} {tuple(tensor.shape)} has no place in the network; give its own"
+            )
         if tensor.shape != wanted[name].shape:
             raise BadInput(
                 f"{source}: tensor {name!r} has shape {tuple(tensor.shape)}, the network has "
                 f"{tuple(wanted[name].shape)}; give the weights of this network"
             )
     present = {wanted[name].data_ptr() for name in tensors}
-    absent = [n for n, t in wanted.items() if n not in tensors and (t.data_ptr() not in present or not t.numel())]
+    absent = [
+        n for n, t in wanted.items() if n not in tensors and (t.data_ptr() not in present or not t.numel())
+    ]
     if absent:
         shape = tuple(wanted[absent[0]].shape)
         raise BadInput(f"{source}: tensor {absent[0]!r} {shape} is missing; give the weights of this network")

@@ -1,9 +1,9 @@
 """ResNet-20, 32 and 44 for CIFAR-10.
 
 Paper: He et al., "Deep Residual Learning for Image Recognition", 2016, arXiv:1512.03385, section 4.2: a 3 x 3
-convolution, three stages of n blocks at widths 16, 32, 64, the mean over the image, one linear layer; 6 n + 2 layers.
-Where the width doubles, the shortcut keeps every second pixel and fills the new channels with zeros (option A), half
-of them before and half after.
+convolution, three stages of n blocks at widths 16, 32, 64, the mean over the image, one linear layer, 6 n + 2
+layers. Where the width doubles, the shortcut keeps every second pixel and fills the new channels with zeros
+(option A), half of them before and half after.
 
 Weights: those of akamaster/pytorch_resnet_cifar10 (BSD-2-Clause), trained on the lossless images.
 """
@@ -76,17 +76,17 @@ def _stage(before: int, width: int, blocks: int, stride: int) -> nn.Sequential:
 
 
 def resnet20(weights_path: str | Path | None = None) -> ResNet:
-    """Three blocks per stage, 269,722 weights; the published ones of the data folder unless a file is given."""
+    """Three blocks per stage, 269,722 weights: the published ones, unless a file is given."""
     return _resnet(20, weights_path)
 
 
 def resnet32(weights_path: str | Path | None = None) -> ResNet:
-    """Five blocks per stage, 464,154 weights; the published ones of the data folder unless a file is given."""
+    """Five blocks per stage, 464,154 weights: the published ones, unless a file is given."""
     return _resnet(32, weights_path)
 
 
 def resnet44(weights_path: str | Path | None = None) -> ResNet:
-    """Seven blocks per stage, 658,586 weights; the published ones of the data folder unless a file is given."""
+    """Seven blocks per stage, 658,586 weights: the published ones, unless a file is given."""
     return _resnet(44, weights_path)
 
 

@@ -15,7 +15,7 @@ from netweight.core.errors import BadInput
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """One thread and a fixed random state inside (sums are then made in one order); both are restored after."""
+    """One thread (sums in one order) and a fixed random state inside; both are restored after."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -31,8 +31,9 @@ def trained(
 ) -> nn.Module:
     """The network `make()`, trained by `train` or filled from the cache, in eval mode.
 
-    key: of the file in the cache; names the version of architecture and training, and the seed. A file that is
-    damaged, of other shapes or not finite is trained again; a cache that cannot be written is done without.
+    key: of the file in the cache; names the version of architecture and training, and the seed. Where the
+    file is damaged, of other shapes or not finite, it is trained again; a cache that cannot be written is
+    done without.
     """
     with seeded(seed):
         model = make()

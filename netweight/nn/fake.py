@@ -21,7 +21,7 @@ def fake_round(x: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     lower, upper = -zero * scale, (2**bits - 1 - zero) * scale
     inside = torch.minimum(torch.maximum(x, lower), upper)
     rounded = ((inside / scale).round() + zero).clamp(0, 2**bits - 1).sub(zero) * scale
-    return inside + (rounded - inside).detach()
+    return rounded.detach() + (inside - inside.detach())  # the second term is 0: the value is on the grid
 
 
 def grid_of(lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ class StaticRounding:
 
 @dataclass(frozen=True)
 class DynamicRounding:
-    """The input of a layer on the grid of each token's own range (the last axis is one token). bits: 2 to 16."""
+    """The input of a layer on the grid of each token's own range (the last axis). bits: 2 to 16."""
 
     bits: int = 8
 

@@ -1,11 +1,12 @@
 """Packed Linear layers through torch's own low-bit product on the CPU, where one applies.
 
-`fast(small)` swaps each packed Linear that `_weight_int4pack_mm_for_cpu` can run (4-bit codes, groups of 32, 64, 128
-or 256 inputs, outputs a multiple of 16) for a `LowBitLinear` and says for every packed layer what runs it.
+`fast(small)` swaps each packed Linear that `_weight_int4pack_mm_for_cpu` can run (4-bit codes, groups of
+32, 64, 128 or 256 inputs, outputs a multiple of 16) for a `LowBitLinear` and says for every packed layer
+what runs it.
 
-The kernel is fast in bfloat16 alone (its float32 path is slower than a plain product), so inputs and scales are
-rounded to bfloat16: outputs differ from the stored network's by about 2^-8 of their size. Evidence is therefore taken
-on the stored network, and only latency rows use this one and say so.
+The kernel is fast in bfloat16 alone (its float32 path is slower than a plain product), so inputs and scales
+are rounded to bfloat16: outputs differ from the stored network's by about 2^-8 of their size. Evidence is
+therefore taken on the stored network, and only latency rows use this one and say so.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def applies(layer: PackedLayer) -> bool:
 
 
 def fast(model: nn.Module) -> tuple[nn.Module, dict[str, str]]:
-    """A copy of a network with packed layers that runs them as fast as torch can, and what runs each layer."""
+    """A copy of a network with packed layers that runs them as fast as torch can, and what runs each
+    layer."""
     model = copy.deepcopy(model)
     kernels: dict[str, str] = {}
     for name, layer in list(model.named_modules()):

@@ -1,25 +1,46 @@
-"""The layer that runs a packed weight, decoded on each call; `nn/kernels.py` swaps in torch's low-bit products.
+"""The layer that runs a packed weight, decoded on each call; `nn/kernels.py` swaps in torch's low-bit
+products.
 
-`PackedLayer` stands in for any Linear, Conv1d to 3d, ConvTranspose1d to 3d or Embedding. The packed tensors are
-buffers (they follow `.to(device)`) that state_dict leaves out; bias and settings stay those of the layer it stands for.
+`PackedLayer` stands in for any Linear, Conv1d to 3d, ConvTranspose1d to 3d or Embedding. The packed tensors
+are buffers (they follow `.to(device)`) that state_dict leaves out; bias and settings stay those of the layer
+it stands for.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from netweight.core.compressed import Packed
+from netweight.core.compressed import WEIGHTED, Packed, weight_of
 from netweight.core.errors import DoesNotFit
 from netweight.core.stored import put_together, take_apart
 
-CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = {nn.ConvTranspose1d: F.conv_transpose1d, nn.ConvTranspose2d: F.conv_transpose2d}
-TRANSPOSED[nn.ConvTranspose3d] = F.conv_transpose3d
-KINDS = (nn.Linear, *CONV, *TRANSPOSED, nn.Embedding)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+KINDS = (*WEIGHTED, *TRANSPOSED, nn.Embedding)
+
+
+def weights_to_pack(
+    model: nn.Module, layers: Sequence[str], kinds: tuple[type[nn.Module], ...] = KINDS
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of those layers, detached, and what is left with the reason: a weight that holds NaN or
+    Inf.
+
+    Raises `BadInput` for a name that is not there, `DoesNotFit` for a layer that is none of `kinds`.
+    """
+    weights: dict[str, Tensor] = {}
+    left: dict[str, str] = {}
+    for layer in layers:
+        weight, kind = weight_of(model, layer), type(model.get_submodule(layer))
+        if not issubclass(kind, kinds):
+            raise DoesNotFit(f"{layer}: the method cannot treat a {kind.__name__}; leave the layer out")
+        if weight.isfinite().all():
+            weights[layer] = weight
+        else:
+            left[layer] = "its weight holds NaN or Inf"
+    return weights, left
 
 
 class PackedLayer(nn.Module):
@@ -69,16 +90,7 @@ class PackedLayer(nn.Module):
 
 
 def run(like: nn.Module, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """The layer's function with another weight."""
-    if isinstance(like, nn.Linear):
-        return F.linear(x, weight, like.bias)
-    if isinstance(like, CONV):
-        return like._conv_forward(x, weight, like.bias)
-    if isinstance(like, nn.Embedding):
-        return F.embedding(
-            x, weight, like.padding_idx, like.max_norm, like.norm_type, like.scale_grad_by_freq
-        )
-    transposed = next(function for kind, function in TRANSPOSED.items() if isinstance(like, kind))
-    return transposed(
-        x, weight, like.bias, like.stride, like.padding, like.output_padding, like.groups, like.dilation
-    )
+    """The layer's own forward pass with another weight."""
+    shell = copy.copy(like)
+    vars(shell)["weight"] = weight  # found before parameters are looked up, and no parameter itself
+    return shell.forward(x, *rest)

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from netweight.core.errors import DoesNotFit
+
 
 class Normalize(nn.Module):
     """(x - mean) / std for each channel; both are buffers and travel with the weights."""
@@ -28,7 +30,11 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """The normalised images."""
+        """The normalised images; raises `DoesNotFit` for other channels, which would be broadcast in silence."""
+        if x.shape[-3] != len(self.mean):
+            raise DoesNotFit(
+                f"images of {x.shape[-3]} channels, but the network takes {len(self.mean)}; convert them"
+            )
         return (x - self.mean) / self.std
 
     def extra_repr(self) -> str:

@@ -1,7 +1,8 @@
 """Stored forms of one weight: `Affine` (codes on a uniform grid), `Dense`, `NM` and `Sparse`.
 
-Each is a frozen dataclass that meets `core.compressed.Packed`: `decode()` is the weight that the layer computes
-with, `bits()` counts what is stored, `project()` finds the nearest weight of the same form, `layer()` runs it.
+Each is a frozen dataclass that meets `core.compressed.Packed`: `decode()` is the weight that the layer
+computes with, `bits()` counts what is stored, `project()` finds the nearest weight of the same form,
+`layer()` runs it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
 }
+DIVISION = 2.0**-22  # twice the relative error of a float32 division of a weight rounded to float32
 
 
 def dtype_name(weight: Tensor) -> str:
@@ -45,8 +47,8 @@ def check_shape(shape: tuple[int, ...], values: int, what: str) -> None:
 class Affine:
     """Codes on a uniform grid: weight = (code - zero) * scale, group by group (see `core.grid`).
 
-    codes: packed, see `grid.pack`. scale: `rows groups`, float16 or float32. zero: `rows groups` codes, packed, or
-    None for a symmetric grid. shape, dtype: of the weight. group: as in `core.grid`.
+    codes: packed, see `grid.pack`. scale: `rows groups`, float16 or float32. zero: `rows groups` codes,
+    packed, or None for a symmetric grid. shape, dtype: of the weight. group: as in `core.grid`.
     """
 
     codes: UInt8[Tensor, " bytes"]
@@ -58,20 +60,26 @@ class Affine:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        if any(t is not None and t.dtype != torch.uint8 for t in (self.codes, self.zero)):
+            raise ValueError("codes and zeros are bytes")
+        check_shape(self.shape, math.prod(self.shape), "codes")
         count = math.prod(self.shape)
-        check_shape(self.shape, count, "codes")
         for packed, codes in ((self.codes, count), (self.zero, self.scale.numel())):
-            if packed is not None and packed.numel() != packed_bytes(codes, self.grid.bits):
+            if packed is not None and packed.numel() != grid.packed_bytes(codes, self.grid.bits):
                 raise ValueError(f"{packed.numel()} bytes do not hold {codes} codes of {self.grid.bits} bits")
         rows, groups = layout(self.shape, self.group)
-        if self.scale.shape != (rows, groups) or self.dtype not in DTYPES:
+        if (
+            self.scale.shape != (rows, groups)
+            or not self.scale.is_floating_point()
+            or self.dtype not in DTYPES
+        ):
             raise ValueError(f"scales {tuple(self.scale.shape)} of {self.dtype} do not fit {self.shape}")
 
     @classmethod
     def of(
         cls, codes: UInt8[Tensor, "groups of"], scale: Tensor, zero: Tensor, like: Tensor, grid_: Grid
     ) -> Affine:
-        """From the codes, scales and zeros of every group (as `core.grid` makes them) for the weight `like`."""
+        """From the codes, scales and zeros that `core.grid` makes of the groups of the weight `like`."""
         rows, groups = layout(tuple(like.shape), grid_.group)
         return cls(
             codes=grid.pack(codes, grid_.bits),
@@ -115,12 +123,17 @@ class Affine:
         return replace(self, codes=grid.pack(codes, self.bits_per_code))
 
     def cell(self) -> tuple[Tensor, Tensor]:
-        """Lower and upper corner (float64) of all weights that round to these codes; infinite past a clipped end."""
+        """Lower and upper corner (float64) of all weights that round to these codes; infinite past a clipped
+        end.
+
+        `grid.to_codes` divides in float32: the corners are `DIVISION` wider than the exact cell, relatively.
+        """
         codes = grid.in_groups(self.integers(), self.group).double()
         scale, zero = self.scale.double().reshape(-1, 1), self.zeros().double().reshape(-1, 1)
         first, last = self.grid.levels
-        lower = torch.where(codes <= first, -torch.inf, (codes - zero - 0.5) * scale)
-        upper = torch.where(codes >= last, torch.inf, (codes - zero + 0.5) * scale)
+        lower, upper = (codes - zero - 0.5) * scale, (codes - zero + 0.5) * scale
+        lower = torch.where(codes <= first, -torch.inf, lower - lower.abs() * DIVISION)
+        upper = torch.where(codes >= last, torch.inf, upper + upper.abs() * DIVISION)
         return lower.reshape(self.shape), upper.reshape(self.shape)
 
     def layer(self, like: nn.Module) -> nn.Module:
@@ -158,40 +171,52 @@ class Dense:
 
 @dataclass(frozen=True)
 class NM:
-    """Of every `of` consecutive inputs the kept values and their places (ascending).
+    """Of every `each` consecutive inputs the kept values and their places (ascending).
 
-    values: `group keep`. places: `group keep`, 0 to of - 1. Groups run along the inputs (axis 1), at one
-    output and one kernel position. A place costs one byte in memory; the file packs it into ceil(log2 of) bits.
+    values: `group keep`. packed_places: 0 to each - 1 in ceil(log2 each) bits, see `grid.pack`. Groups run
+    along the inputs (axis 1), at one output and one kernel position.
     """
 
     values: Float[Tensor, "group keep"]
-    places: UInt8[Tensor, "group keep"]
-    of: int
+    packed_places: UInt8[Tensor, " bytes"]
+    each: int
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        check_shape(self.shape, len(self.values) * self.of, "groups")
-        if (
-            self.values.shape != self.places.shape
-            or self.places.numel()
-            and int(self.places.max()) >= self.of
-        ):
-            raise ValueError(f"places do not fit {self.of} inputs a group")
+        check_shape(self.shape, len(self.values) * self.each, "groups")
+        if self.values.ndim != 2 or len(self.shape) < 2 or self.shape[1] % self.each:
+            raise ValueError(f"groups of {self.each} inputs do not fit the shape {self.shape}")
+        if self.packed_places.numel() != grid.packed_bytes(self.values.numel(), place_bits(self.each)):
+            raise ValueError(f"{self.packed_places.numel()} bytes do not hold {self.values.numel()} places")
+        places = self.places.int()
+        if places.numel() and (int(places.max()) >= self.each or not (places.diff(dim=1) > 0).all()):
+            raise ValueError(f"places are not ascending numbers below {self.each}")
+
+    @classmethod
+    def of(cls, values: Tensor, places: UInt8[Tensor, "group keep"], each: int, shape: tuple[int, ...]) -> NM:
+        """From the kept values and their places in each group."""
+        return cls(values, grid.pack(places, place_bits(each)), each, shape)
+
+    @property
+    def places(self) -> UInt8[Tensor, "group keep"]:
+        """Where the values stand in their groups."""
+        places = grid.unpack(self.packed_places, place_bits(self.each), self.values.numel())
+        return places.reshape(self.values.shape)
 
     def decode(self) -> Tensor:
         """Kept values at their places, zeros elsewhere."""
-        rows = torch.zeros(len(self.values), self.of, dtype=self.values.dtype, device=self.values.device)
+        rows = torch.zeros(len(self.values), self.each, dtype=self.values.dtype, device=self.values.device)
         rows.scatter_(1, self.places.long(), self.values)
         moved = (self.shape[0], *self.shape[2:], self.shape[1])
         return rows.reshape(moved).movedim(-1, 1).contiguous()
 
     def bits(self) -> int:
-        """Kept values in their dtype and ceil(log2 of) bits for each place."""
-        return stored(self.values) + self.places.numel() * math.ceil(math.log2(self.of))
+        """Bits of the kept values and of their places."""
+        return stored(self.values, self.packed_places)
 
     def project(self, weight: Tensor) -> NM:
         """The weight's values at the same places."""
-        groups = weight.movedim(1, -1).reshape(-1, self.of)
+        groups = weight.movedim(1, -1).reshape(-1, self.each)
         return replace(self, values=groups.gather(1, self.places.long()).to(self.values.dtype))
 
     def layer(self, like: nn.Module) -> nn.Module:
@@ -213,7 +238,7 @@ class Sparse:
     def __post_init__(self) -> None:
         count = math.prod(self.shape)
         check_shape(self.shape, count, "mask bits")
-        if self.mask.numel() != packed_bytes(count, 1) or int(self.kept().sum()) != len(self.values):
+        if self.mask.numel() != grid.packed_bytes(count, 1) or int(self.kept().sum()) != len(self.values):
             raise ValueError(f"the mask does not hold {len(self.values)} values of {self.shape}")
 
     @classmethod
@@ -244,13 +269,18 @@ class Sparse:
         return PackedLayer(like, self)
 
 
-def packed_bytes(count: int, bits: int) -> int:
-    """Bytes of `count` codes of that many bits, as `grid.pack` fills them."""
-    return count if bits == 8 else -(-count // 8) * bits
+def place_bits(each: int) -> int:
+    """Bits of a place in a group of `each` inputs."""
+    return max(each - 1, 1).bit_length()
 
 
 def layout(shape: tuple[int, ...], group: int) -> tuple[int, int]:
-    """Rows and groups per row of the scales of a weight of that shape."""
+    """Rows, and groups per row, of a weight of that shape; raises ValueError where they do not fit."""
     if group == grid.PER_TENSOR:
         return 1, 1
-    return shape[0], 1 if group == grid.PER_ROW else math.prod(shape[1:]) // group
+    row = math.prod(shape[1:])
+    if group == grid.PER_ROW:
+        return shape[0], 1
+    if row % group:
+        raise ValueError(f"groups of {group} do not fit rows of {row} weights")
+    return shape[0], row // group

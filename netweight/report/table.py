@@ -17,7 +17,7 @@ WIDTH = 80
 
 
 def evidence(found: Evidence) -> Table:
-    """The three answers and the cost: one line per quantity, the interval of the compressed network beside it."""
+    """The three answers and the cost: one line per quantity, with the compressed network's interval."""
     table = _table("question", "quantity", right=("original", "compressed", "95%"))
     for question, rows in by_question(found.rows):
         for index, row in enumerate(rows):
@@ -55,17 +55,19 @@ def plan(chosen: Plan) -> Table:
 
 
 def catalogue(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """Slug, title, where it was published, room and the state of its reproduction."""
-    table = _table("slug", "title", "venue", "room", "state")
-    for line in lines:
-        place = line["venue"] if str(line["year"]) in line["venue"] else f"{line['venue']} {line['year']}"
-        cells = (line["slug"], line["title"], place, line["room"], line["state"])
-        table.add_row(*(Text(str(cell)) for cell in cells))
+    """Room by room: slug, title, where it was published and the state of its reproduction."""
+    table = _table("method", "title", "published", "reproduction")
+    for room in dict.fromkeys(line["room"] for line in lines):
+        table.add_section()
+        table.add_row(Text(f"{room}/", style="bold"))
+        for line in (line for line in lines if line["room"] == room):
+            cells = (line["slug"], line["title"], f"{line['venue']} {line['year']}", line["state"])
+            table.add_row(*(Text(str(cell)) for cell in cells))
     return table
 
 
 def bars(outcome: Mapping[str, Any]) -> Table:
-    """Each bar of a reproduction: measured mean and spread over the seeds, the mark, and whether it is reached."""
+    """Each bar of a reproduction: mean and spread over the seeds, the mark, and whether it is reached."""
     table = _table("bar", right=("measured", "spread", "mark", "reached"))
     for bar in outcome["bars"]:
         table.add_row(
@@ -110,8 +112,8 @@ def _number(value: float | str | None) -> str:
 
 def _table(*left: str, right: Sequence[str] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False, padding=(0, 1))
-    for name in left:
-        table.add_column(name, overflow="fold")
+    for index, name in enumerate(left):
+        table.add_column(name, overflow="fold", no_wrap=index == 0 and len(right) == 0)
     for name in right:
         table.add_column(name, justify="right", overflow="fold")
     return table

@@ -3,8 +3,8 @@
     outcome = run("awq", seeds=3)
     outcome.passed                      # every bar reached by the MEAN over the seeds
 
-Only a full run is recorded. Each finished seed is kept in the cache, so that `resume` goes on after a kill; what is
-kept there counts only for the same code. results/ is written here alone, and RESULTS.md is made from it.
+Only a full run is recorded. Each finished seed is kept in the cache, so that `resume` goes on after a kill;
+what is kept there counts only for the same code. results/ is written here alone, RESULTS.md is made from it.
 """
 
 from __future__ import annotations
@@ -104,10 +104,10 @@ def run(
     workers: int = 1,
     results: Path | None = None,
 ) -> Outcome:
-    """Reproduce `slug` with the seeds `seed`, `seed` + 1, ...; a full run writes results/SLUG.json and RESULTS.md.
+    """Reproduce `slug` with the seeds `seed`, `seed` + 1, ...; a full run is recorded in results/.
 
-    data_dir: where the data sets lie, in place of NETWEIGHT_DATA. workers: seeds at the same time, on Ray where it is
-    more than one. results: the folder to record in. Raises `BadInput` for an unknown slug or fewer than one seed.
+    data_dir: where the data sets lie, in place of NETWEIGHT_DATA. workers: seeds at the same time, on Ray if
+    that is more than one. results: the folder to record in. Raises `BadInput` for an unknown slug or no seed.
     """
     system = reproduction(slug)
     if seeds < 1:
@@ -239,7 +239,7 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout that this code runs from, with a + where files differ from it; else "unknown"."""
+    """The commit that this code runs from, with a + where its files differ from it; else "unknown"."""
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
@@ -334,7 +334,7 @@ def _number(value: float | str | None) -> float:
 
 
 def _finite(value: Any) -> Any:
-    """JSON values: NaN becomes null, infinities the words "inf" and "-inf", what is no number or text its text."""
+    """JSON values: NaN becomes null, infinities the words "inf" and "-inf"."""
     if isinstance(value, float) and value - value != 0:
         return None if value != value else ("inf" if value > 0 else "-inf")
     if isinstance(value, dict):

@@ -1,0 +1,72 @@
+"""Disagree: points of a set around each input where a compressed network leaves the original.
+
+Source: the search for behavioural disagreements between a network and its compressed form of Xie et al.,
+"DiffChaser: Detecting Disagreements for Deep Neural Networks", IJCAI 2019, done with gradients.
+
+With c the original's class at x, and m_f(s) = f_c(s) - max_{j != c} f_j(s) the lead that f gives to c,
+
+    maximise    min( m_original(s), -m_compressed(s) )        over s in S(x):
+
+a point above 0 is one where the original keeps its class and the compressed network does not.
+
+Differs from the paper: projected gradient ascent instead of a genetic search; the original has to keep its
+class.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from netweight.core.errors import DoesNotFit
+from netweight.core.perturbation import Found, Perturbation, ascend
+
+
+def disagree(
+    original: nn.Module,
+    compressed: nn.Module,
+    x: Float[Tensor, "b *in"],
+    within: Perturbation,
+    *,
+    steps: int = 40,
+    restarts: int = 1,
+    seed: int = 0,
+) -> Found:
+    """A point in the set around each x where only the compressed network changes class, or the nearest.
+
+    Both networks are on the same device and run in evaluation mode. An x on which they part already is its
+    own point. Raises `DoesNotFit` for inputs that are whole numbers, outputs that are not `b classes`, and
+    sets that do not lie around inputs.
+    """
+    if not x.is_floating_point():
+        raise DoesNotFit(
+            "disagree moves inputs by small amounts, but these are whole numbers; attack embeddings"
+        )
+    modes = original.training, compressed.training
+    original.eval(), compressed.eval()
+    try:
+        x = x.to(next((p.device for p in original.parameters()), x.device))
+        with torch.no_grad():
+            clean, other = original(x), compressed(x)
+        if clean.ndim != 2 or clean.shape[1] < 2 or clean.shape != other.shape:
+            raise DoesNotFit(
+                f"disagree needs the same class scores `b classes` of both networks, but they give "
+                f"{tuple(clean.shape)} and {tuple(other.shape)}"
+            )
+        of = clean.argmax(1)
+
+        def score(s: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            keeps, leaves, c = original(s), compressed(s), of[rows]
+            parted = (keeps.argmax(1) == c) & (leaves.argmax(1) != c)
+            return torch.minimum(lead(keeps, c), -lead(leaves, c)), parted
+
+        return ascend(score, x, within, steps=steps, restarts=restarts, seed=seed)
+    finally:
+        original.train(modes[0]), compressed.train(modes[1])
+
+
+def lead(scores: Float[Tensor, "b classes"], c: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
+    """m: the score of class c minus the best other one."""
+    own = scores.gather(1, c[:, None])
+    return (own - scores.scatter(1, c[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]

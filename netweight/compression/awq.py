@@ -1,0 +1,252 @@
+"""AWQ: input channels that carry most are scaled up before rounding, and the scales are folded away.
+
+Paper: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", MLSys 2024,
+arXiv:2306.00978.
+
+The error of one rounded weight at the output is Delta E|round error| |x_j|. With s_j > 1 on column j and x_j / s_j,
+Delta stays mostly what it was and the error falls by s_j. For each site (a producer and the layers F that read it),
+with a_j = mean |x_j| and alpha in {0, 1/n, .., (n - 1)/n},
+
+    s = max(a^alpha, 1e-4),    s <- s / sqrt(max s min s),
+    loss(alpha) = mean (B(x; Q(W diag(s)) diag(s)^-1, W in F) - B(x; W))^2,
+
+the s of the least loss is folded: producer / s, columns of F times s. alpha = 0 is round to nearest. B is the whole
+attention or gated MLP where F feeds one, else each layer of F. Then, for every layer but query and key, the range
+[-m, m] of each (row, group) is searched:
+
+    m = (1 - i / 20) max |w|,    loss(m) = mean (sum_j x_j (Q(clamp(w_j, -m, m)) - w_j))^2,    i = 0, 1, ..
+
+Layers that are no part of a site of which ALL readers are asked for are clipped alone. Inputs are those of the
+float network; those of a single layer enter through their Gram matrix (`core.moments`).
+
+Differs from the paper: single layers are judged on all calibration tokens, through the Gram matrix, and not on 512;
+a group of weights on one side of 0 has its range extended to 0, since a zero point cannot leave the codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from netweight.core.compressed import Change, Packed, weight_of
+from netweight.core.errors import DoesNotFit
+from netweight.core.grid import Grid, extent, in_groups, nearest, scale_and_zero, to_codes
+from netweight.core.moments import Moments, moments
+from netweight.core.progress import steps
+from netweight.core.rewrite import Scale
+from netweight.core.sites import Site, sites
+from netweight.core.task import Data, Task
+from netweight.nn.packed import Affine
+
+QUERY_KEY = ("q_proj", "k_proj")  # their errors meet in a product, so each alone is a poor guide to its range
+CLIP_STEP = 1 / 20
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """Settings of `awq`.
+
+    bits: 2 to 8, asymmetric. group: consecutive inputs that share one scale, 0 for a whole row.
+    alphas: exponents tried per site, 1 for no scaling. clips: ranges tried per group, 1 for no clipping.
+    """
+
+    bits: int = 4
+    group: int = 128
+    alphas: int = 20
+    clips: int = 10
+
+    def __post_init__(self) -> None:
+        if self.group < 0 or self.alphas < 1 or not 1 <= self.clips <= 20:
+            raise ValueError(
+                f"need group >= 0, alphas >= 1, 1 <= clips <= 20, got group={self.group}, "
+                f"alphas={self.alphas}, clips={self.clips}"
+            )
+        Grid(self.bits, group=self.group)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of every weight."""
+        return Grid(self.bits, symmetric=False, group=self.group)
+
+
+def awq(model: nn.Module, task: Task, layers: Sequence[str], settings: AWQ) -> Change:
+    """Scale, clip, round and pack; the rewrites may reach producers that are not in `layers`, exactly."""
+    for layer in layers:
+        in_groups(weight_of(model, layer), settings.group, layer)
+    places = asked(model, task.calibration, layers) if settings.alphas > 1 else []
+    shared = {reader: site.consumers[0] for site in places for reader in site.consumers}
+    seen = moments(model, task.calibration, sorted({shared.get(layer, layer) for layer in layers}))
+    inputs = {layer: seen[shared.get(layer, layer)] for layer in layers}
+
+    rewrites: list[Scale] = []
+    for site in steps(places, "Searching scales"):
+        calls = recorded(model, site.inspected, task.calibration) if site.inspected else []
+        best = search(model, site, inputs[site.consumers[0]], calls, settings)
+        if bool((best != 1).any()):
+            rewrites.append(Scale(site.producer, site.consumers, best))
+
+    packed: dict[str, Packed] = {}
+    for layer in steps(layers, "Clipping and rounding"):
+        module = model.get_submodule(layer)
+        weight, gram = weight_of(model, layer), inputs[layer].gram
+        for rewrite in rewrites:
+            if layer in rewrite.consumers:
+                weight = times_columns(weight, rewrite.scale, module)
+                per_weight = spread(rewrite.scale, module).to(gram)
+                gram = gram / (per_weight[:, :, None] * per_weight[:, None, :])
+            if layer == rewrite.producer:
+                weight = over_rows(weight, rewrite.scale)
+        if layer.rpartition(".")[2] not in QUERY_KEY:
+            weight = clipped(weight, gram, settings.grid, settings.clips)
+        packed[layer] = encode(weight, settings.grid)
+    return Change(packed, rewrites)
+
+
+def asked(model: nn.Module, data: Data, layers: Sequence[str]) -> list[Site]:
+    """The sites whose readers are all in `layers`; none where the model cannot be captured."""
+    try:
+        return [site for site in sites(model, data.x[:2]) if set(site.consumers) <= set(layers)]
+    except DoesNotFit:
+        return []
+
+
+def search(
+    model: nn.Module, site: Site, seen: Moments, calls: Sequence[Call], settings: AWQ
+) -> Float[Tensor, " in"]:
+    """The s of the least loss; the least alpha wins a tie."""
+    best, least = torch.ones_like(seen.magnitude).float(), float("inf")
+    for i in range(settings.alphas):
+        scale = scale_of(seen.magnitude, i / settings.alphas)
+        loss = loss_of(model, site, seen, calls, scale, settings.grid)
+        if loss < least:
+            best, least = scale, loss
+    return best
+
+
+def scale_of(magnitude: Float[Tensor, " in"], alpha: float) -> Float[Tensor, " in"]:
+    """s = max(a^alpha, 1e-4) / sqrt(max min); the same for a and c a."""
+    s = magnitude.double().pow(alpha).clamp(min=1e-4)
+    return (s / (s.max() * s.min()).sqrt()).float()
+
+
+def loss_of(
+    model: nn.Module,
+    site: Site,
+    seen: Moments,
+    calls: Sequence[Call],
+    scale: Float[Tensor, " in"],
+    grid: Grid,
+) -> float:
+    """Mean squared error of B, or summed over the readers, with the rounded weights of F."""
+    rounded = {}
+    for reader in site.consumers:
+        module, weight = model.get_submodule(reader), weight_of(model, reader)
+        scaled = nearest(times_columns(weight, scale, module), grid)
+        rounded[reader] = times_columns(scaled, 1 / scale, module)
+    if not site.inspected:
+        return sum(seen.error(rounded[reader] - weight_of(model, reader)) for reader in site.consumers)
+    inspected = model.get_submodule(site.inspected)
+    inside = {f"{reader.removeprefix(f'{site.inspected}.')}.weight": w for reader, w in rounded.items()}
+    with torch.no_grad():
+        total = sum(
+            float((_first(functional_call(inspected, inside, args, extra)) - y).pow(2).sum())
+            for args, extra, y in calls
+        )
+    return total / sum(y.numel() for _, _, y in calls)
+
+
+Call = tuple[tuple[Any, ...], Mapping[str, Any], Tensor]  # arguments and output of one call of a module
+
+
+class _Enough(Exception):
+    """The rest of the network need not run."""
+
+
+@torch.no_grad()
+def recorded(model: nn.Module, name: str, data: Data) -> list[Call]:
+    """All calls of one module on the data; each pass over the network stops behind it."""
+    calls: list[Call] = []
+
+    def keep(_module: nn.Module, args: tuple[Any, ...], extra: Mapping[str, Any], output: Any) -> None:
+        calls.append((args, extra, _first(output)))
+        raise _Enough
+
+    device = next(model.parameters()).device
+    was_training = model.training
+    handle = model.get_submodule(name).register_forward_hook(keep, with_kwargs=True)
+    model.eval()
+    try:
+        for x, _ in data:
+            try:
+                model(x.to(device))
+            except _Enough:
+                continue
+    finally:
+        model.train(was_training)
+        handle.remove()
+    return calls
+
+
+def clipped(
+    weight: Float[Tensor, "out in *kernel"], gram: Float[Tensor, "parts d d"], grid: Grid, tries: int
+) -> Float[Tensor, "out in *kernel"]:
+    """The weight clamped, in each (row, group), to the [-m, m] of the least output error; ties go to the larger."""
+    groups = in_groups(weight, grid.group)
+    largest = groups.abs().amax(1)
+    best, least = largest, torch.full_like(largest, torch.inf, dtype=torch.float64)
+    for i in range(tries):
+        m = largest * (1 - i * CLIP_STEP)
+        clamped = groups.clamp(-m[:, None], m[:, None])
+        error = group_errors(nearest(clamped, Grid(grid.bits, group=0)) - groups, gram)
+        best, least = torch.where(error < least, m, best), torch.minimum(error, least)
+    return groups.clamp(-best[:, None], best[:, None]).reshape(weight.shape)
+
+
+def group_errors(change: Float[Tensor, "groups of"], gram: Float[Tensor, "parts d d"]) -> Float[Tensor, " groups"]:
+    """E (dw x)^2 of each group by itself: dw H_gg dw^T. Groups lie row by row; a grouped convolution has `parts`."""
+    parts, d, _ = gram.shape
+    of = change.shape[1]
+    change = change.double().reshape(parts, -1, d // of, of)
+    blocks = gram.double().reshape(parts, d // of, of, d // of, of).diagonal(dim1=1, dim2=3)
+    return (torch.einsum("prgi,pijg->prgj", change, blocks) * change).sum(-1).reshape(-1).clamp(min=0)
+
+
+def encode(weight: Float[Tensor, "out in *kernel"], grid: Grid) -> Affine:
+    """Q(W) as it is stored."""
+    groups = in_groups(weight, grid.group)
+    scale, zero = scale_and_zero(*extent(groups, grid.symmetric), grid)
+    return Affine.of(to_codes(groups, scale, zero, grid), scale, zero, weight, grid)
+
+
+
+
+def spread(scale: Float[Tensor, " in"], layer: nn.Module) -> Float[Tensor, "parts d"]:
+    """s of every weight of a row as it lies in memory, for each part of a grouped convolution."""
+    return scale.reshape(getattr(layer, "groups", 1), -1).repeat_interleave(layer.weight[0, 0].numel(), 1)
+
+
+def times_columns(
+    weight: Float[Tensor, "out in *kernel"], scale: Float[Tensor, " channels"], layer: nn.Module
+) -> Float[Tensor, "out in *kernel"]:
+    """W diag(s)."""
+    s = spread(scale, layer).to(weight)
+    return (weight.reshape(len(s), -1, s.shape[1]) * s[:, None]).reshape(weight.shape)
+
+
+def over_rows(
+    weight: Float[Tensor, "out in *kernel"], scale: Float[Tensor, " channels"]
+) -> Float[Tensor, "out in *kernel"]:
+    """diag(s)^-1 W in the last len(s) rows, as `core.rewrite.Scale` divides a producer."""
+    divided = weight.clone()
+    divided[-len(scale) :] /= scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1))
+    return divided
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,186 @@
+"""Which option for which layer, and carrying it out.
+
+plan(model, task, budget)               per layer the option that the budget allows and that distorts
+least uniform(model, budget, "awq")           the widest setting of a method that treats the network as
+a whole
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from netweight.core import catalogue
+from netweight.core.compressed import Change, Packed, weight_of, weighted
+from netweight.core.errors import BadInput, DoesNotFit, ImpossibleBudget
+from netweight.core.plan import Budget, Option, Plan, allocate
+from netweight.core.progress import steps
+from netweight.core.task import Task
+from netweight.evidence.sensitivity import Candidate, Distortion, keep, options
+from netweight.resume import Work
+
+NOTHING = Work(None)  # keeps no unfinished work
+WHOLE = "whole network"  # the catalogue's tag of methods that rewrite across layers
+BITS = (2, 3, 4, 5, 6, 8)
+GROUPS = (0, 32, 64, 128)
+HEADER = 8 * 128  # bits of file header per stored tensor: name, dtype, shape, offsets
+AUTO = ("gptq", "rtn", "nm-magnitude")
+
+
+def candidates(
+    method: str,
+    *,
+    bits: Sequence[int] = BITS,
+    groups: Sequence[int] = GROUPS,
+    symmetric: Sequence[bool] = (False, True),
+) -> list[Candidate]:
+    """The settings that a method is tried with; "auto" tries those of `AUTO`.
+
+    A method with `bits` is tried at all widths, with `group` at all group sizes, with `symmetric` both ways.
+    """
+    found_: list[Candidate] = []
+    for slug in AUTO if method == "auto" else (method,):
+        function, settings = catalogue.method(slug), catalogue.settings(slug)
+        names = {field.name for field in dataclasses.fields(settings)}
+        if "bits" not in names:
+            found_.append(Candidate(slug, function, settings()))
+            continue
+        schemes: Sequence[dict[str, Any]] = [{}]
+        if "group" in names:
+            schemes = [{"group": group} for group in groups]
+        if "symmetric" in names:
+            schemes = [{**scheme, "symmetric": way} for scheme in schemes for way in symmetric]
+        found_ += [Candidate(slug, function, settings(bits=b, **scheme)) for b in bits for scheme in schemes]
+    return found_
+
+
+def plan(
+    model: nn.Module,
+    task: Task,
+    budget: Budget,
+    *,
+    method: str = "auto",
+    distortion: Distortion = "kl",
+) -> tuple[Plan, list[Option]]:
+    """The best plan within the budget, and all options that it was chosen from.
+
+    Raises `BadInput` for a network without layers to compress or with NaN weights, `ImpossibleBudget` for a
+    budget that cannot be met.
+    """
+    layers = planned_layers(model, budget)
+    priced = options(model, task, layers, candidates(method), distortion=distortion)
+    if all(option.method == "keep" for option in priced):
+        raise DoesNotFit(
+            f"{method}: none of the {len(layers)} layers can be treated; choose another --method"
+        )
+    return allocate(priced, budget.in_bytes(float_bytes(model)), fixed=fixed_bits(model, layers)), priced
+
+
+def planned_layers(model: nn.Module, budget: Budget) -> list[str]:
+    """The layers that a budget speaks of: Linear and Conv; a budget of bytes also takes embedding tables in.
+
+    Raises `BadInput` where there are none, or where a weight is not finite.
+    """
+    layers = weighted(model, embeddings=budget.size is not None or budget.share is not None)
+    if not layers:
+        raise BadInput(
+            "the network has no Linear or Conv layer with a weight of its own; there is nothing to compress"
+        )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise BadInput(f"the network's tensor {name} holds NaN or Inf; repair or retrain it first")
+    return layers
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of the network's tensors with every floating-point number in float32, shared ones counted
+    once."""
+    tensors = {t.data_ptr(): t for t in model.state_dict().values()}
+    return sum((4 if t.is_floating_point() else t.element_size()) * t.numel() for t in tensors.values())
+
+
+def fixed_bits(model: nn.Module, layers: Sequence[str]) -> float:
+    """Bits of the file that planning cannot change: other tensors, and the file's header."""
+    planned = {weight_of(model, layer).data_ptr() for layer in layers}
+    tensors = {t.data_ptr(): t for t in model.state_dict().values() if t.data_ptr() not in planned}
+    stored = sum(8 * t.numel() * t.element_size() for t in tensors.values())
+    return float(stored + HEADER * (len(tensors) + 3 * len(layers)))
+
+
+def carry_out(model: nn.Module, task: Task, chosen: Plan, work: Work = NOTHING) -> dict[str, Packed]:
+    """The packed weight of every layer of a plan; finished ones are taken from `work`, new ones kept
+    there."""
+    packed: dict[str, Packed] = {}
+    for option in steps([*chosen.choices.values()], "Compressing"):
+        if option.method == "keep":
+            continue
+        form = work.form(option.layer)
+        if form is None:
+            settings = catalogue.settings(option.method)(**option.settings)
+            change = catalogue.method(option.method)(model, task.blind(), [option.layer], settings)
+            form = change.packed[option.layer]
+            work.keep_form(option.layer, form)
+        packed[option.layer] = form
+    return packed
+
+
+def is_whole(method: str) -> bool:
+    """Whether a method treats the network as a whole: its layers cannot be planned one by one."""
+    return method != "auto" and WHOLE in catalogue.find(method).tags
+
+
+def uniform(model: nn.Module, budget: Budget, method: str) -> Any:
+    """The widest settings of a whole-network method whose codes, scales and zeros fit the budget, one for
+    all layers.
+
+    A group size that does not divide every layer becomes one scale per row. Raises `ImpossibleBudget` with
+    the smallest possible, `BadInput` for a budget that such a method cannot be held to.
+    """
+    layers = planned_layers(model, budget)
+    if budget.bops is not None or budget.latency is not None:
+        raise BadInput(f"{method} treats the network as a whole and takes a budget of bits or size")
+    kind = catalogue.settings(method)
+    default = kind()
+    weights = [weight_of(model, layer) for layer in layers]
+    group = getattr(default, "group", 0)
+    if group > 0 and any(weight[0].numel() % group for weight in weights):
+        default = dataclasses.replace(default, group=0)
+    ceilings = budget.in_bytes(float_bytes(model)).ceilings(sum(weight.numel() for weight in weights))
+    fixed = fixed_bits(model, layers)
+    needed = 0.0
+    for bits in sorted(BITS, reverse=True):
+        needed = sum(affine_bits(weight.shape, bits, getattr(default, "group", 0)) for weight in weights)
+        if needed <= ceilings.get("bits", needed) and needed + fixed <= ceilings.get("size", needed + fixed):
+            return dataclasses.replace(default, bits=bits)
+    least = needed / sum(weight.numel() for weight in weights)
+    raise ImpossibleBudget(f"{method} cannot meet this budget: the smallest possible is bits={least:.3g}")
+
+
+def affine_bits(shape: Sequence[int], bits: int, group: int) -> float:
+    """Bits of codes, float16 scales and zero points of an asymmetric grid, rounded up to whole bytes by 8."""
+    count = math.prod(shape)
+    scales = 1 if group == -1 else shape[0] * (1 if group == 0 else count // shape[0] // group)
+    return 16.0 * scales + 8 * bits * (-(-count // 8) + -(-scales // 8))
+
+
+def as_plan(model: nn.Module, change: Change, method: str, settings: Any) -> Plan:
+    """What a whole-network method chose, as a plan; distortion is |dW|^2 / |W|^2 after the rewrites."""
+    rewritten = copy.deepcopy(model)
+    for rewrite in change.rewrites:
+        rewrite.apply(rewritten)
+    choices = {}
+    for layer, form in change.packed.items():
+        weight = weight_of(rewritten, layer).double()
+        cost = {"bits": float(form.bits()), "weights": float(weight.numel())}
+        moved = float(
+            (form.decode().double() - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
+        )
+        choices[layer] = Option(layer, method, dataclasses.asdict(settings), cost, moved)
+    for layer in change.left:
+        choices[layer] = keep(layer, weight_of(model, layer))
+    return Plan(choices)

@@ -1,0 +1,77 @@
+"""Block by block: the same folder as any other, the same after a stop, close to the original."""
+
+import pytest
+import torch
+
+from netweight import streaming
+from netweight.bench.stream import write_checkpoint
+from netweight.core import io
+from netweight.core.compressed import Compressed
+from netweight.core.errors import BadInput
+from netweight.core.plan import Budget
+from netweight.core.task import Data, outputs
+from netweight.models import huggingface
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama") / "checkpoint"
+    write_checkpoint(folder, width=128, depth=3, vocabulary=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return Data(torch.randint(0, 300, (6, 24), generator=torch.Generator().manual_seed(0)), batch=2)
+
+
+def test_result_is_an_ordinary_folder_and_close_to_the_original(checkpoint, tokens, tmp_path):
+    plan = streaming.compress_folder(checkpoint, tokens, Budget(bits=8.5), tmp_path / "small", group=64)
+    assert len(plan.choices) == 3 * 7
+    assert plan.bits_per_weight <= 8.5
+    small, original = Compressed.load(tmp_path / "small"), huggingface.load(checkpoint)
+    off = outputs(small.model, tokens) - outputs(original, tokens).float()
+    assert 0 < float(off.abs().max()) < 0.05 * float(outputs(original, tokens).abs().max())
+
+
+def test_a_stop_between_blocks_changes_nothing(checkpoint, tokens, tmp_path, monkeypatch):
+    budget = Budget(bits=4.5)
+    streaming.compress_folder(checkpoint, tokens, budget, tmp_path / "whole", method="rtn", group=64)
+    write = streaming._write_block
+
+    def stop_at_two(partial, number, small, prefix):
+        if number == 2:
+            raise KeyboardInterrupt
+        write(partial, number, small, prefix)
+
+    monkeypatch.setattr(streaming, "_write_block", stop_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        streaming.compress_folder(checkpoint, tokens, budget, tmp_path / "cut", method="rtn", group=64)
+    assert not (tmp_path / "cut").exists()
+    monkeypatch.setattr(streaming, "_write_block", write)
+    streaming.compress_folder(
+        checkpoint, tokens, budget, tmp_path / "cut", method="rtn", group=64, resume=True
+    )
+    for file in sorted((tmp_path / "whole").iterdir()):
+        assert file.read_bytes() == (tmp_path / "cut" / file.name).read_bytes(), file.name
+
+
+def test_refuses_a_foreign_token_a_nan_weight_and_other_budgets(checkpoint, tokens, tmp_path):
+    with pytest.raises(BadInput, match="vocabulary of 300"):
+        bad = Data(torch.full((2, 8), 300))
+        streaming.compress_folder(checkpoint, bad, Budget(bits=4), tmp_path / "a")
+    with pytest.raises(BadInput, match="mean bits alone"):
+        streaming.compress_folder(checkpoint, tokens, Budget(size=1000), tmp_path / "b")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    shard = io.read_tensors(broken / "model-1.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    shard[name][0, 0] = float("nan")
+    io.write_tensors(broken / "model-1.safetensors", shard)
+    with pytest.raises(BadInput, match=f"{name} holds NaN"):
+        streaming.compress_folder(broken, tokens, Budget(bits=4.5), tmp_path / "c", method="rtn", group=64)
+    assert not (tmp_path / "c").exists()
