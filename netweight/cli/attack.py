@@ -27,19 +27,20 @@ def attack(
 ) -> None:
     """Search for inputs that MODEL gets wrong. With --against: on which it leaves ORIGINAL."""
     from netweight.core import catalogue
+    from netweight.core.perturbation import with_range
 
     slug = method or ("disagree" if against else "pgd")
     if catalogue.find(slug).room != "attacks":
         raise BadInput(f"{slug!r} is no attack; `netweight methods --room attacks` lists them")
     if (slug == "disagree") != (against is not None):
         raise BadInput("--method disagree and --against ORIGINAL belong together; give both or neither")
-    inside = common.perturbation(common.required(within, "--within", "linf=0.01"))
+    inside = common.around(within)
     search = catalogue.method(slug)
     with common.working():
         original, _ = common.open_model(against) if against else (None, None)
         network, _ = common.open_model(model, like=original)
         examples = common.open_task(data, network).test.take(limit)
-        inside = common.in_range(inside, examples)
+        inside = with_range(inside, examples.low, examples.high)
         how = {"steps": steps, "restarts": restarts, "seed": seed}
         if original is None:
             found = search(network, examples.x, examples.y, inside, **how)

@@ -6,7 +6,6 @@ Exit codes: 0 done; 1 done, but a promise does not hold; 2 bad input or usage; 1
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import inspect
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from netweight.core.compressed import Compressed
+    from netweight.core.perturbation import Perturbation
     from netweight.core.task import Data, Task
 
 Model = Annotated[
@@ -171,29 +171,24 @@ def fitting(data: Data) -> str:
     return "accuracy" if data.x.is_floating_point() else "perplexity"
 
 
-def perturbation(text: str | None) -> Any:
+def perturbation(text: str | None) -> Perturbation | None:
     """The set that SET names, or None."""
-    if text is None:
-        return None
     from netweight.core.perturbation import parse
 
-    return parse(text)
+    return None if text is None else parse(text)
 
 
-def in_range(within: Any, data: Data) -> Any:
-    """The set cut to the inputs that are valid in this data."""
-    if not hasattr(within, "low") or data.low is None:
-        return within
-    return dataclasses.replace(within, low=data.low, high=data.high)
+def around(text: str | None) -> Perturbation:
+    """The set that SET names; raises `BadInput` if none was given."""
+    found = perturbation(text)
+    if found is None:
+        raise BadInput("--within is missing; give the set to look at, for example --within linf=0.01")
+    return found
 
 
 def lines(content: dict[str, Any]) -> str:
-    """One "name: value" line for each entry."""
-    return "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in content.items())
-
-
-def required(text: str | None, option: str, example: str) -> str:
-    """The option's value; raises `BadInput` if it was not given."""
-    if text is None:
-        raise BadInput(f"{option} is missing; give for example {option} {example}")
-    return text
+    """One "name: value" line for each entry; lists are left to `--json`."""
+    shown = {name: value for name, value in content.items() if not isinstance(value, list | dict)}
+    return "\n".join(
+        f"{name.replace('_', ' ')}: {'none' if value is None else value}" for name, value in shown.items()
+    )

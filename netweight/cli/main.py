@@ -29,14 +29,20 @@ for function in (compress, plan, compare, verify, attack, export, methods, repro
     app.command(function.__name__)(command(function))
 
 
-@app.callback()
-def about(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
-) -> None:
-    """Makes trained networks smaller and shows what that did to them: measured, attacked, proven."""
-    if version:
+def print_version(asked: bool) -> None:
+    """Print the version and end, if that was asked for."""
+    if asked:
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Makes trained networks smaller and shows what that did to them: measured, attacked, proven."""
 
 
 def main() -> None:

@@ -34,14 +34,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from netweight.core.compressed import Change, Packed, weight_of
+from netweight.core.compressed import WEIGHTED, Change, weight_of
 from netweight.core.errors import DoesNotFit
 from netweight.core.grid import Grid, extent, in_groups, nearest, scale_and_zero, to_codes
 from netweight.core.moments import Moments, moments
 from netweight.core.progress import steps
-from netweight.core.rewrite import Scale
+from netweight.core.rewrite import Scale, rewritten
 from netweight.core.sites import Site, sites
 from netweight.core.task import Data, Task
+from netweight.nn.layers import weights_to_pack
 from netweight.nn.packed import Affine
 
 QUERY_KEY = ("q_proj", "k_proj")  # their errors meet in a product, so each alone is a poor guide to its range
@@ -76,42 +77,40 @@ class AWQ:
 
 
 def awq(model: nn.Module, task: Task, layers: Sequence[str], settings: AWQ) -> Change:
-    """Scale, clip, round and pack; the rewrites may reach producers that are not in `layers`, exactly."""
-    for layer in layers:
-        in_groups(weight_of(model, layer), settings.group, layer)
-    places = asked(model, task.calibration, layers) if settings.alphas > 1 else []
-    shared = {reader: site.consumers[0] for site in places for reader in site.consumers}
-    seen = moments(model, task.calibration, sorted({shared.get(layer, layer) for layer in layers}))
-    inputs = {layer: seen[shared.get(layer, layer)] for layer in layers}
+    """Scale, clip, round and pack; the rewrites may reach producers that are not in `layers`, exactly.
 
-    rewrites: list[Scale] = []
+    Raises `DoesNotFit` for a layer that is no Linear or Conv, and where `group` does not divide a row.
+    """
+    weights, left = weights_to_pack(model, layers, WEIGHTED)
+    for layer, weight in weights.items():
+        in_groups(weight, settings.group, layer)
+    places = asked(model, task.calibration, list(weights)) if settings.alphas > 1 else []
+    shared = {reader: site.consumers[0] for site in places for reader in site.consumers}
+    seen = moments(model, task.calibration, sorted({shared.get(layer, layer) for layer in weights}))
+
+    rewrites: dict[str, Scale] = {}
     for site in steps(places, "Searching scales"):
         calls = recorded(model, site.inspected, task.calibration) if site.inspected else []
-        best = search(model, site, inputs[site.consumers[0]], calls, settings)
-        if bool((best != 1).any()):
-            rewrites.append(Scale(site.producer, site.consumers, best))
+        best = search(model, site, seen[site.consumers[0]], calls, settings)
+        rewrites.update(dict.fromkeys(site.consumers, Scale(site.producer, site.consumers, best)))
 
-    packed: dict[str, Packed] = {}
-    for layer in steps(layers, "Clipping and rounding"):
-        module = model.get_submodule(layer)
-        weight, gram = weight_of(model, layer), inputs[layer].gram
-        for rewrite in rewrites:
-            if layer in rewrite.consumers:
-                weight = times_columns(weight, rewrite.scale, module)
-                per_weight = spread(rewrite.scale, module).to(gram)
-                gram = gram / (per_weight[:, :, None] * per_weight[:, None, :])
-            if layer == rewrite.producer:
-                weight = over_rows(weight, rewrite.scale)
+    change = [rewrites[site.consumers[0]] for site in places]
+    scaled, packed = rewritten(model, change), {}
+    for layer in steps(weights, "Clipping and rounding"):
+        weight, gram = weight_of(scaled, layer), seen[shared.get(layer, layer)].gram
+        if layer in rewrites:
+            s = spread(rewrites[layer].scale, scaled.get_submodule(layer)).to(gram)
+            gram = gram / (s[:, :, None] * s[:, None, :])
         if layer.rpartition(".")[2] not in QUERY_KEY:
             weight = clipped(weight, gram, settings.grid, settings.clips)
         packed[layer] = encode(weight, settings.grid)
-    return Change(packed, rewrites)
+    return Change(packed, change, left=left)
 
 
 def asked(model: nn.Module, data: Data, layers: Sequence[str]) -> list[Site]:
     """The sites whose readers are all in `layers`; none where the model cannot be captured."""
     try:
-        return [site for site in sites(model, data.x[:2]) if set(site.consumers) <= set(layers)]
+        return [site for site in sites(model, data) if set(site.consumers) <= set(layers)]
     except DoesNotFit:
         return []
 
@@ -237,15 +236,6 @@ def times_columns(
     """W diag(s)."""
     s = spread(scale, layer).to(weight)
     return (weight.reshape(len(s), -1, s.shape[1]) * s[:, None]).reshape(weight.shape)
-
-
-def over_rows(
-    weight: Float[Tensor, "out in *kernel"], scale: Float[Tensor, " channels"]
-) -> Float[Tensor, "out in *kernel"]:
-    """diag(s)^-1 W in the last len(s) rows, as `core.rewrite.Scale` divides a producer."""
-    divided = weight.clone()
-    divided[-len(scale) :] /= scale.to(weight).reshape(-1, *[1] * (weight.ndim - 1))
-    return divided
 
 
 def _first(output: Any) -> Tensor:

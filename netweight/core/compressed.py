@@ -78,12 +78,14 @@ class Change:
 
     packed: by layer name, the code of that layer's weight AFTER the rewrites.
     left: layers that the method was asked for and left as they are, with the reason.
+    biases: by layer name, the bias in place of the one it has after the rewrites (a part of the lossy step).
     """
 
     packed: Mapping[str, Packed]
     rewrites: Sequence[Rewrite] = ()
     activations: Mapping[str, ActivationRounding] = field(default_factory=dict)
     left: Mapping[str, str] = field(default_factory=dict)
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class RoundedInput(nn.Module):
@@ -143,6 +145,8 @@ def assemble(model: nn.Module, change: Change, plan: Plan) -> Compressed:
     small = copy.deepcopy(model).eval()
     for rewrite in change.rewrites:
         rewrite.apply(small)
+    for name, bias in change.biases.items():
+        small.get_submodule(name).bias = nn.Parameter(bias.to(weight_of(small, name)))
     for name, form in change.packed.items():
         replace(small, name, form.layer(small.get_submodule(name)))
     for name, rounding in change.activations.items():
@@ -247,6 +251,7 @@ def described(change: Change) -> tuple[dict[str, Tensor], dict[str, Any]]:
         inner, settings = take_apart(rewrite)
         said["rewrites"].append(settings)
         tensors.update({f"rewrites|{index}|{part}": tensor for part, tensor in inner.items()})
+    tensors.update({f"biases|{name}": bias for name, bias in change.biases.items()})
     return tensors, said
 
 
@@ -278,6 +283,7 @@ def _read_change(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Chan
             n: put_together(part(f"activations|{n}|"), s) for n, s in head.get("activations", {}).items()
         },
         left=head.get("left", {}),
+        biases=part("biases|"),
     )
 
 

@@ -4,10 +4,10 @@
     y = evaluate(graph, x)                # the same outputs
     layer_macs(graph)                     # multiply-accumulates of each layer for one example
 
-Bounds, exports and cost models read this graph; there is no second tracer. Every operator is one of core ATen, but
-that linear, matmul, pools, normalisations, softmax and smooth activations stay whole (`WHOLE`), and attention is split into
-two products and a softmax. What does not depend on an input is evaluated once and becomes a constant; copies and
-dropout are dropped. A packed layer appears with its decoded weight.
+Bounds and cost models read this graph; there is no second tracer. Every operator is one of core ATen, but
+that linear, matmul, pools, normalisations, softmax and smooth activations stay whole (`WHOLE`), and attention
+is split into two products and a softmax. What does not depend on an input is evaluated once and becomes a
+constant; copies and dropout are dropped. A packed layer appears with its decoded weight.
 """
 
 from __future__ import annotations
@@ -26,14 +26,18 @@ from torch import Tensor, nn
 from netweight.core.compressed import Compressed, replace
 from netweight.core.errors import DoesNotFit
 
-WHOLE = frozenset(
-    "linear matmul layer_norm rms_norm group_norm instance_norm max_pool1d max_pool2d max_pool3d avg_pool1d "
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d silu hardswish hardsigmoid mish softplus gelu softmax "
-    "log_softmax".split()
-)
-COPIES = frozenset(
-    "aten.alias aten.clone aten.detach aten.dropout aten.lift_fresh_copy aten.contiguous aten.native_dropout".split()
-)
+# fmt: off
+WHOLE = frozenset([
+    "linear", "matmul", "layer_norm", "rms_norm", "group_norm", "instance_norm", "max_pool1d",
+    "max_pool2d", "max_pool3d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d", "silu", "hardswish", "hardsigmoid", "mish", "softplus", "gelu", "softmax",
+    "log_softmax",
+])
+COPIES = frozenset([
+    "aten.alias", "aten.clone", "aten.detach", "aten.dropout", "aten.lift_fresh_copy",
+    "aten.contiguous", "aten.native_dropout",
+])
+# fmt: on
 VIEWS = frozenset(["aten.view", "aten._unsafe_view"])
 FIRST_OF = frozenset(["aten._native_batch_norm_legit_no_training"])  # tuples of which only item 0 matters
 
@@ -49,9 +53,10 @@ class Ref:
 class Node:
     """One operator call.
 
-    op: "aten.convolution" or "getitem". overload: its ATen overload. params: every argument by its name in the ATen
-    schema, defaults included, with a `Ref` where a tensor stands. inputs: the names those refer to, in order.
-    shape, dtype: of the result (of its first item for a tuple). layer: path of the module that made it, "" for the whole.
+    op: "aten.convolution" or "getitem". overload: its ATen overload. params: every argument by its name in
+    the ATen schema, defaults included, with a `Ref` where a tensor stands. inputs: the names those refer to,
+    in order. shape, dtype: of the result (of its first item for a tuple). layer: path of the module that made
+    it, "" for the whole network.
     """
 
     name: str
@@ -66,7 +71,7 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """nodes: in an order of evaluation. inputs: one Node each, op "input". outputs: names. constants: by name."""
+    """nodes: in an order of evaluation. inputs: Nodes of op "input". outputs: names. constants: by name."""
 
     nodes: tuple[Node, ...]
     inputs: tuple[Node, ...]
@@ -94,8 +99,8 @@ def capture(model: nn.Module | Compressed, *x: Tensor) -> Graph:
     except Exception as error:  # the exporter raises anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DoesNotFit(
-            f"{type(model).__name__}: it cannot be captured as one graph for inputs of {[tuple(t.shape) for t in x]} "
-            f"({reason}); use inputs that fit and no control flow that depends on values"
+            f"{type(model).__name__}: it cannot be captured as one graph for inputs of "
+            f"{[tuple(t.shape) for t in x]} ({reason}); use inputs that fit and no control flow on values"
         ) from error
     finally:
         for module, mode in modes.items():
@@ -135,7 +140,7 @@ def call(node: Node, params: Mapping[str, Any]) -> Any:
 def layer_macs(graph: Graph) -> dict[str, int]:
     """Multiply-accumulates for one example of each layer that has any: products of matrices and convolutions.
 
-    Products that stand in no module of their own are counted at the module around them ("" for the whole network).
+    Products that stand in no module of their own count for the module around them ("" for the whole network).
     """
     shapes = {node.name: node.shape for node in (*graph.nodes, *graph.inputs)}
     shapes.update({name: tuple(tensor.shape) for name, tensor in graph.constants.items()})

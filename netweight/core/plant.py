@@ -4,14 +4,13 @@
     imbalance   channel i of each site times r_i, the reading columns / r_i, ln r_i ~ N(0, sigma^2)
     mixing      value rows of a head times B, its output columns times B^-1, cond(B) = k
 
-The two former are `core.rewrite.Scale`, so that a method that works can undo them: the optimum is known. Small
-networks lack the outlier channels of large ones (Dettmers et al., "LLM.int8()", 2022, arXiv:2208.07339), so what
+`core.rewrite.rewritten` puts them in. The two former are `core.rewrite.Scale`, so that a method that works can undo them: the optimum
+is known. Small networks lack the outlier channels of large ones (Dettmers et al., "LLM.int8()", 2022, arXiv:2208.07339), so what
 a method claims about them has to be shown on a planted network, beside the plain one.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,18 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from netweight.core.compressed import Rewrite
 from netweight.core.errors import DoesNotFit
 from netweight.core.rewrite import Scale
 from netweight.core.sites import Site
-
-
-def planted(model: nn.Module, plants: Sequence[Rewrite]) -> nn.Module:
-    """A copy of the model with the plants in it: the same function."""
-    hard = copy.deepcopy(model)
-    for plant in plants:
-        plant.apply(hard)
-    return hard
 
 
 def outliers(

@@ -10,13 +10,14 @@ factor) lie between producer and consumers, and where nothing else reads the pro
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from netweight.core.compressed import replace
+from netweight.core.compressed import Rewrite, replace
 from netweight.core.errors import DoesNotFit
 
 
@@ -92,12 +93,18 @@ def scale_inputs(layer: nn.Module, scale: Float[Tensor, " channels"], name: str 
         layer.weight = nn.Parameter(scaled.reshape(weight.shape))
 
 
-def residual(model: nn.Module, rewrites: list[FoldBatchNorm | Scale], x: Tensor) -> float:
-    """max |f - f'| in float64 over the outputs for x: a law says it is at most 1e-9."""
-    before = copy.deepcopy(model).double().eval()
-    after = copy.deepcopy(before)
+def rewritten(model: nn.Module, rewrites: Sequence[Rewrite]) -> nn.Module:
+    """A copy of the model with the rewrites applied in order, in evaluation mode."""
+    after = copy.deepcopy(model).eval()
     for rewrite in rewrites:
         rewrite.apply(after)
+    return after
+
+
+def residual(model: nn.Module, rewrites: Sequence[Rewrite], x: Tensor) -> float:
+    """max |f - f'| in float64 over the outputs for x: a law says it is at most 1e-9."""
+    before = copy.deepcopy(model).double().eval()
+    after = rewritten(before, rewrites)
     with torch.no_grad():
         x = x.double() if x.is_floating_point() else x
         return float((before(x) - after(x)).abs().max())

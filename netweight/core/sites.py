@@ -9,13 +9,17 @@ site out.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from netweight.core.compressed import WEIGHTED
+from netweight.core.compressed import WEIGHTED, weight_of
 from netweight.core.graph import Graph, Node, capture
+from netweight.core.task import Data
 
 ROTARY = (  # producer, consumers, the module at whose output the change is judged ("": at each consumer's)
     ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn"),
@@ -63,20 +67,25 @@ class Site:
         return not isinstance(model.get_submodule(self.producer), WEIGHTED)
 
 
-def sites(model: nn.Module, x: Tensor) -> list[Site]:
-    """All sites of the model; x: a few of its inputs, used where the model has no known blocks.
+def sites(model: nn.Module, data: Data) -> list[Site]:
+    """All sites of the model; the first inputs of `data` are used where it has no known blocks.
 
-    Raises `DoesNotFit` for a model that is captured neither by name nor as one graph.
+    Kept in `Data.memo` for as long as the model consists of the same modules. Raises `DoesNotFit` for a model that
+    is captured neither by name nor as one graph.
     """
     blocks = [(name, block) for name, block in model.named_modules() if type(block).__name__ in BLOCKS]
-    if not blocks:
-        return _on_graph(model, capture(model, x))
-    return [site for name, block in blocks for site in _in_block(block, f"{name}." if name else "")]
+    if blocks:
+        return [site for name, block in blocks for site in _in_block(block, f"{name}." if name else "")]
+    parts = [id(module) for module in model.modules()]
+    kept = data.memo.get("sites")
+    if kept is None or kept[0]() is not model or kept[1] != parts:
+        kept = data.memo["sites"] = (weakref.ref(model), parts, _on_graph(model, _graph(model, data)))
+    return kept[2]
 
 
-def foldable(model: nn.Module, x: Tensor) -> list[tuple[str, str]]:
+def foldable(model: nn.Module, data: Data) -> list[tuple[str, str]]:
     """(layer, batch norm) pairs in which the norm alone reads the layer; each may be folded."""
-    graph = capture(model, x)
+    graph = _graph(model, data)
     readers, by_name = _readers(graph), {node.name: node for node in graph.nodes}
     found = []
     for node in graph.nodes:
@@ -90,6 +99,12 @@ def foldable(model: nn.Module, x: Tensor) -> list[tuple[str, str]]:
         ):  # fmt: skip
             found.append((before.layer, node.layer))
     return found
+
+
+def column_ranges(model: nn.Module, layer: str) -> Float[Tensor, " in"]:
+    """max |W_:j| of each input channel over outputs and kernel; a grouped convolution's one part after the other."""
+    weight, parts = weight_of(model, layer), getattr(model.get_submodule(layer), "groups", 1)
+    return weight.abs().reshape(parts, -1, weight.shape[1], weight[0, 0].numel()).amax((1, 3)).reshape(-1)
 
 
 def _in_block(block: nn.Module, prefix: str) -> list[Site]:
@@ -115,6 +130,11 @@ def _exact(block: nn.Module, producer: str, consumers: Sequence[str]) -> bool:
     if producer == "fc1" and not isinstance(block.activation_fn, nn.ReLU):
         return False
     return len(source.weight) == reader.weight.shape[1]
+
+
+def _graph(model: nn.Module, data: Data) -> Graph:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return capture(model, data.x[:2].to(device))
 
 
 def _on_graph(model: nn.Module, graph: Graph) -> list[Site]:

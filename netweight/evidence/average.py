@@ -2,7 +2,7 @@
 
 Per example: the metric of both networks and its paired difference; whether the prediction flipped;
 
-    KL(p | q) = sum_c p_c (log p_c - log q_c),        p, q the softmax of the original's and the compressed scores.
+    KL(p | q) = sum_c p_c (log p_c - log q_c),        p, q the softmax of the two networks' scores.
 
 Over all examples: the largest difference of two outputs, and the expected calibration error over 15 equal
 bins B of the confidence (Guo et al., "On Calibration of Modern Neural Networks", 2017, arXiv:1706.04599),
@@ -36,7 +36,7 @@ SEED = 0  # of the bootstrap
 
 @dataclass(frozen=True)
 class Measured:
-    """rows: of the table. flipped: indices of test examples with a changed prediction (sequences: any token)."""
+    """rows: of the table. flipped: test examples with a changed prediction (sequences: of any token)."""
 
     rows: list[Row]
     flipped: list[int]
@@ -66,11 +66,6 @@ def scores(model: nn.Module, data: Data, metric: Metric) -> Float[Tensor, " b"]:
         return torch.cat([metric.of(run(model, x), y).float() for x, y in data])
 
 
-def rows(original: nn.Module, small: nn.Module, task: Task) -> list[Row]:
-    """The rows of `measure`."""
-    return measure(original, small, task).rows
-
-
 def measure(original: nn.Module, small: nn.Module, task: Task) -> Measured:
     """Both networks on the test data, batch by batch.
 
@@ -94,7 +89,18 @@ def measure(original: nn.Module, small: nn.Module, task: Task) -> Measured:
             before, after = (calibration_error(bins) for bins in seen.bins)
             how = f"{BINS} equal bins of the confidence; biased upwards, hence no interval"
             table.append(
-                Row(AVERAGE, "calibration error", before, after, math.nan, math.nan, n, how, "float32", "share")
+                Row(
+                    AVERAGE,
+                    "calibration error",
+                    before,
+                    after,
+                    math.nan,
+                    math.nan,
+                    n,
+                    how,
+                    "float32",
+                    "share",
+                )
             )
     table.append(
         Row(
@@ -105,10 +111,14 @@ def measure(original: nn.Module, small: nn.Module, task: Task) -> Measured:
     return Measured(table, flipped)
 
 
-def look(seen: Seen, f: Float[Tensor, "b *out"], g: Float[Tensor, "b *out"], y: Tensor | None, judge: Metric) -> None:
+def look(
+    seen: Seen, f: Float[Tensor, b * out], g: Float[Tensor, b * out], y: Tensor | None, judge: Metric
+) -> None:
     """Add one batch of outputs of the original (f) and the compressed network (g) to what is kept."""
     if f.shape != g.shape:
-        raise BadInput(f"the networks give outputs of {tuple(f.shape)} and {tuple(g.shape)}; compare two of one task")
+        raise BadInput(
+            f"the networks give outputs of {tuple(f.shape)} and {tuple(g.shape)}; compare two of one task"
+        )
     if y is not None:
         seen.judged.append(torch.stack([judge.of(f, y), judge.of(g, y)], 1).double().numpy())
     seen.apart = max(seen.apart, float((f - g).abs().max()))
@@ -121,31 +131,35 @@ def look(seen: Seen, f: Float[Tensor, "b *out"], g: Float[Tensor, "b *out"], y: 
             bins += confidence_bins(outputs, y)
 
 
-def has_classes(outputs: Float[Tensor, "b *out"], y: Tensor | None, judge: Metric) -> bool:
+def has_classes(outputs: Float[Tensor, b * out], y: Tensor | None, judge: Metric) -> bool:
     """Whether the last axis of the outputs holds one score for each class."""
     if outputs.ndim < 2 or outputs.shape[-1] < 2:
         return False
     return judge.name != "mse" if y is None else not y.is_floating_point() and y.shape == outputs.shape[:-1]
 
 
-def per_example(values: Float[Tensor, "b *t"]) -> Float[Tensor, " b"]:
+def per_example(values: Float[Tensor, b * t]) -> Float[Tensor, " b"]:
     """The mean over the tokens of each example."""
     return values.reshape(len(values), -1).mean(1)
 
 
-def divergence(f: Float[Tensor, "*b k"], g: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
+def divergence(f: Float[Tensor, "*b k"], g: Float[Tensor, "*b k"]) -> Float[Tensor, " *b"]:
     """KL(p | q) in nats, in float64: at small differences float32 gives noise below zero."""
     p, q = f.double().log_softmax(-1), g.double().log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).clamp(min=0.0)
 
 
-def confidence_bins(outputs: Float[Tensor, "*b k"], y: Int[Tensor, "*b"]) -> Float[np.ndarray, "bins 3"]:
+def confidence_bins(outputs: Float[Tensor, "*b k"], y: Int[Tensor, " *b"]) -> Float[np.ndarray, "bins 3"]:
     """Of each bin: how many predictions, how many right, and the sum of their confidences."""
     confidence, chosen = (part.reshape(-1) for part in outputs.float().softmax(-1).max(-1))
     place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
     ones, right = torch.ones_like(confidence), (chosen == y.reshape(-1)).float()
     return torch.stack(
-        [torch.zeros(BINS, dtype=torch.float64).index_add(0, place, v.double()) for v in (ones, right, confidence)], 1
+        [
+            torch.zeros(BINS, dtype=torch.float64).index_add(0, place, v.double())
+            for v in (ones, right, confidence)
+        ],
+        1,
     ).numpy()
 
 
@@ -155,7 +169,7 @@ def calibration_error(bins: Float[np.ndarray, "bins 3"]) -> float:
 
 
 def judged_rows(judged: Float[np.ndarray, "b 2"], judge: Metric) -> list[Row]:
-    """The metric of both networks, and how much better or worse the compressed one is on the same examples."""
+    """The metric of both networks, and how much the compressed one gained or lost."""
     n, rate = len(judged), intervals.is_rate(judged)
     before, after = (judge.summary(float(mean)) for mean in judged.mean(0))
     low, high = (judge.summary(end) for end in intervals.mean_interval(judged[:, 1], seed=SEED))
@@ -168,7 +182,9 @@ def judged_rows(judged: Float[np.ndarray, "b 2"], judge: Metric) -> list[Row]:
     else:
         low, high = bootstrap_difference(judged, judge)
         how = "bootstrap over the same examples"
-    change = Row(AVERAGE, f"{judge.name} change", 0.0, after - before, low, high, n, how, "float32", judge.unit)
+    change = Row(
+        AVERAGE, f"{judge.name} change", 0.0, after - before, low, high, n, how, "float32", judge.unit
+    )
     return [first, change]
 
 
@@ -218,7 +234,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def run(model: nn.Module, x: Tensor) -> Float[Tensor, "b *out"]:
+def run(model: nn.Module, x: Tensor) -> Float[Tensor, b * out]:
     """Outputs on the CPU in float32; x goes to the model's device."""
     device = next((t.device for t in chain(model.parameters(), model.buffers())), x.device)
     return model(x.to(device)).float().cpu()

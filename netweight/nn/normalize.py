@@ -30,7 +30,8 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        """The normalised images; raises `DoesNotFit` for other channels, which would be broadcast in silence."""
+        """The normalised images; raises `DoesNotFit` for another number of channels."""
+        # one channel would be broadcast to three in silence
         if x.shape[-3] != len(self.mean):
             raise DoesNotFit(
                 f"images of {x.shape[-3]} channels, but the network takes {len(self.mean)}; convert them"

@@ -167,6 +167,20 @@ def examples(
             shown.append(
                 Example("flipped", f"test example {row}", before, now, truth, *_looks(data, [data.x[place]]))
             )
+    return shown + found_by_attack(task.test, evidence)
+
+
+def found_by_attack(data: Data, evidence: Evidence) -> list[Example]:
+    """The inputs that `evidence.found` keeps: the test example beside the point on which the networks part."""
+    shown = []
+    for item in evidence.context.get("disagreements", [])[:SHOWN]:
+        index = item["example"]
+        classes = [_named(torch.tensor(item[name]), data) for name in ("original", "compressed")]
+        truth = "" if data.y is None else _named(data.y[index], data)
+        points = [torch.tensor(item[name]) for name in ("input", "point") if name in item]
+        looks = _looks(data, points) if points else ((), "")
+        title = f"test example {index}, moved by at most {item['moved']:.3g}"
+        shown.append(Example("found", title, *classes, truth, *looks))
     return shown
 
 

@@ -39,7 +39,7 @@ def bits_per_layer(layers: Sequence[Mapping[str, Any]]) -> str:
     axes.set_xlabel("stored bits per weight")
     axes.set_xlim(0, max(widths, default=1.0) * 1.15)
     if len(layers) <= NAMED:
-        axes.set_yticks(places, [shortened(str(layer["layer"])) for layer in layers])
+        axes.set_yticks(places, [literal(shortened(str(layer["layer"]))) for layer in layers])
         axes.bar_label(bars, [f"{width:.3g}" for width in widths], padding=3, fontsize=8, color=INK)
     else:
         axes.set_yticks([])
@@ -82,7 +82,7 @@ def answers(rows: Sequence[Row]) -> str:
     before, after = [row.original for row in rows], [row.compressed for row in rows]
     axes.scatter(before, places, s=44, facecolors="none", edgecolors=INK, linewidths=1.2, zorder=3)
     axes.scatter(after, places, s=26, color=COLOURS[0], zorder=4)
-    axes.set_yticks(places, [shortened(row.quantity) for row in rows])
+    axes.set_yticks(places, [literal(shortened(row.quantity)) for row in rows])
     axes.invert_yaxis()
     axes.margins(y=0.25 if len(rows) > 1 else 0.6)
     axes.tick_params(axis="y", length=0)
@@ -102,6 +102,11 @@ def colours_of(methods: Sequence[str]) -> dict[str, str]:
 def shortened(name: str, most: int = 26) -> str:
     """The end of a long name, which is the part that tells layers apart."""
     return name if len(name) <= most else "…" + name[1 - most :]
+
+
+def literal(name: str) -> str:
+    """The name without anything that is drawn as a formula."""
+    return name
 
 
 def _points(options: Sequence[Option]) -> tuple[list[float], list[float]]:
@@ -146,7 +151,7 @@ def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
 def _svg(figure: Figure, name: str, title: str) -> str:
     """The figure as one element: no XML head, no metadata, ids of its own, as wide as its place."""
     text = io.StringIO()
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}
+    settings = {"svg.fonttype": "none", "svg.hashsalt": name}
     with rc_context(settings):
         nothing = {"Creator": None, "Date": None, "Format": None, "Type": None}
         figure.savefig(text, format="svg", metadata=nothing, dpi=200, transparent=True)

@@ -23,8 +23,9 @@ from netweight.core.compressed import Change, assemble, weight_of, weighted
 from netweight.core.grid import Grid, nearest
 from netweight.core.moments import Moments, moments
 from netweight.core.plan import Plan
-from netweight.core.plant import outliers, planted
+from netweight.core.plant import outliers
 from netweight.core.result import Bar, Claim
+from netweight.core.rewrite import rewritten
 from netweight.core.sites import sites
 from netweight.core.task import Data, Task, outputs
 from netweight.data.text import Characters, shakespeare, wikitext2, windows
@@ -43,8 +44,8 @@ def reproduce(*, seed: int = 0, quick: bool = False) -> Claim:
     test = windows(Characters()(wikitext2("test")), LENGTH, name="wikitext2").take(64 if quick else TEST)
     task = Task(calibration(wikitext2("train")), test, "perplexity")
     layers = [name for name in weighted(model) if ".layers." in name]
-    norms = [site for site in sites(model, task.calibration.x) if site.norm(model)]
-    hard = planted(model, outliers(model, norms, factor=16, share=0.05, seed=seed))
+    norms = [site for site in sites(model, task.calibration) if site.norm(model)]
+    hard = rewritten(model, outliers(model, norms, factor=16, share=0.05, seed=seed))
 
     def gap(net: nn.Module, change: Change | None = None) -> float:
         small = net if change is None else assemble(net, change, Plan({})).model

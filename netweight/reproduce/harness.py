@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -50,7 +51,9 @@ class Mark:
 
     @property
     def std(self) -> float:
-        """Sample standard deviation over the seeds, 0 for one seed."""
+        """Sample standard deviation over the seeds, 0 for one seed, NaN where one is not finite."""
+        if not all(map(math.isfinite, self.measured)):
+            return math.nan
         return statistics.stdev(self.measured) if len(self.measured) > 1 else 0.0
 
     @property

@@ -4,8 +4,10 @@
     certify(model, task, within)                # on how many examples the class cannot change
     equivalence(original, compressed, x, within)  # how far the outputs of two networks can part
 
-They hold for the network in real arithmetic and as it is evaluated in its own precision, float32 or float64 with round to
-nearest (see `relax`; not with TF32 or Winograd kernels). Packed layers are bounded with the weight that they decode.
+They hold for the network in real arithmetic, and as it is evaluated in `arithmetic`: float32 or float64,
+round to nearest (see `relax`; not with TF32 or Winograd kernels), by default the network's own. Intervals let
+the rounding of a layer grow in the next ones, so in deep networks float64 is much tighter. Packed layers have
+the weight they decode.
 """
 
 from __future__ import annotations
@@ -31,13 +33,14 @@ UNITS = {"float32": 2.0**-24, "float64": 2.0**-53}
 
 @dataclass(frozen=True)
 class Bounds:
-    """lower <= output <= upper for every point of the set: float64, `b *out`, or `b k` for the rows of an objective.
+    """lower <= output <= upper for every point of the set: float64, `b *out`, or `b k` for rows of an
+    objective.
 
     arithmetic: the precision of the network's evaluation that is covered, beside real numbers.
     """
 
-    lower: Float[Tensor, "b *out"]
-    upper: Float[Tensor, "b *out"]
+    lower: Float[Tensor, "b ..."]
+    upper: Float[Tensor, "b ..."]
     method: str
     arithmetic: str
 
@@ -46,8 +49,8 @@ class Bounds:
 class Certificates:
     """One verdict per example.
 
-    labels: the class that was asked about. correct: whether the network gives it at the point itself.
-    margin: proven lower bound of min over j of output_label - output_j over the whole set (units of the outputs).
+    labels: the class that was asked about. correct: whether the network gives it at the point itself. margin:
+    proven lower bound of min over j of output_label - output_j on the whole set (units of the outputs).
     """
 
     labels: Int[Tensor, " b"]
@@ -66,7 +69,7 @@ class Certificates:
 
     @property
     def verdicts(self) -> list[str]:
-        """verified, unknown (right, but the bound is not tight enough or it can be changed), or wrong already."""
+        """verified, unknown (right, but the bound is too loose or it can be changed), or wrong already."""
         return [
             "verified" if sure else "unknown" if right else "wrong"
             for sure, right in zip(self.verified.tolist(), self.correct.tolist())
@@ -92,27 +95,35 @@ def bounds(
     *,
     objective: Float[Tensor, "b k out"] | None = None,
     method: str = "ibp",
+    arithmetic: str | None = None,
 ) -> Bounds:
     """Bounds on each output, or on the rows of `objective` times the (flattened) outputs.
 
-    Raises `DoesNotFit` where an operator has no bounds or shapes do not fit, `BadInput` for an unknown method.
+    Raises `DoesNotFit` where an operator has no bounds or shapes do not fit, `BadInput` for an unknown name.
     """
-    return _bounds(capture(model, x), x, within, objective, method)
+    graph = capture(model, x)
+    return _bounds(graph, x, within, objective, _how(graph, method, arithmetic))
 
 
 def certify(
-    model: nn.Module | Compressed, task: Task | Data, within: Perturbation, *, method: str = "ibp"
+    model: nn.Module | Compressed,
+    task: Task | Data,
+    within: Perturbation,
+    *,
+    method: str = "ibp",
+    arithmetic: str | None = None,
 ) -> Certificates:
-    """Whether each test example keeps its label within the set; without labels, whether it keeps its prediction.
+    """Whether each test example keeps its label within the set; without labels, its prediction.
 
     The network has one output per class. Raises `BadInput` for labels that are no classes of it.
     """
     data = task.test if isinstance(task, Task) else task
     batch = min(data.batch, len(data))
     graph = capture(model, data.x[:batch])
-    parts = [_certify(graph, x, y, within, method) for x, y in data.batched(batch)]
+    how = _how(graph, method, arithmetic)
+    parts = [_certify(graph, x, y, within, how) for x, y in data.batched(batch)]
     labels, correct, margin = (torch.cat(part) for part in zip(*parts))
-    return Certificates(labels, correct, margin, method, _arithmetic(graph))
+    return Certificates(labels, correct, margin, *how)
 
 
 def equivalence(
@@ -122,10 +133,14 @@ def equivalence(
     within: Perturbation,
     *,
     method: str = "ibp",
+    arithmetic: str | None = None,
 ) -> Bounds:
-    """Bounds on compressed(s) - original(s) for every s of the set, by the difference of the bounds of both."""
-    first = bounds(original, x, within, method=method)
-    second = bounds(compressed, x, within, method=method)
+    """Bounds on compressed(s) - original(s) for every s of the set: the difference of the bounds of both.
+
+    Sound, and loose: what both networks do alike is counted twice.
+    """
+    first = bounds(original, x, within, method=method, arithmetic=arithmetic)
+    second = bounds(compressed, x, within, method=method, arithmetic=arithmetic)
     if first.lower.shape != second.lower.shape:
         raise DoesNotFit(
             f"the networks give outputs of {tuple(first.lower.shape)} and {tuple(second.lower.shape)}; "
@@ -133,8 +148,8 @@ def equivalence(
         )
     lower, upper = second.lower - first.upper, second.upper - first.lower
     away = torch.full_like(lower, torch.inf)
-    coarser = max(first.arithmetic, second.arithmetic, key=["float64", "float32"].index)
-    return Bounds(torch.nextafter(lower, -away), torch.nextafter(upper, away), method, coarser)
+    covered = max(first.arithmetic, second.arithmetic)  # float64 where both cover it, else the weaker claim
+    return Bounds(torch.nextafter(lower, -away), torch.nextafter(upper, away), method, covered)
 
 
 def margins(labels: Int[Tensor, " b"], classes: int) -> Float[Tensor, "b k out"]:
@@ -144,10 +159,28 @@ def margins(labels: Int[Tensor, " b"], classes: int) -> Float[Tensor, "b k out"]
     return eye[labels].unsqueeze(1) - others
 
 
-def _bounds(graph: Graph, x: Tensor, within: Perturbation, objective: Tensor | None, method: str) -> Bounds:
-    """Bounds on a captured graph."""
+def _how(graph: Graph, method: str, arithmetic: str | None) -> tuple[str, str]:
+    """(method, arithmetic), checked; by default the coarsest precision that the network computes in."""
     if method not in METHODS:
         raise unknown("method of bounds", method, METHODS)
+    found = {
+        str(n.dtype).removeprefix("torch.")
+        for n in (*graph.inputs, *graph.nodes)
+        if n.dtype.is_floating_point
+    }
+    for name in found - UNITS.keys():
+        raise DoesNotFit(
+            f"the network computes in {name}, bounds hold for float32 and float64; use model.float()"
+        )
+    if arithmetic is not None and arithmetic not in UNITS:
+        raise unknown("arithmetic", arithmetic, UNITS)
+    return method, arithmetic or min(found, default="float64")
+
+
+def _bounds(
+    graph: Graph, x: Tensor, within: Perturbation, objective: Tensor | None, how: tuple[str, str]
+) -> Bounds:
+    """Bounds on a captured graph."""
     lower, upper = within.corners(x)
     if lower.shape != x.shape:
         raise DoesNotFit(
@@ -155,8 +188,10 @@ def _bounds(graph: Graph, x: Tensor, within: Perturbation, objective: Tensor | N
         )
     if objective is not None:
         _fits(objective, graph)
-    found = METHODS[method](graph, lower, upper, objective)
-    return Bounds(found.lower, found.upper, method, _arithmetic(graph))
+    method, arithmetic = how
+    with torch.no_grad():
+        found = METHODS[method](graph, lower, upper, objective, UNITS[arithmetic])
+    return Bounds(found.lower, found.upper, method, arithmetic)
 
 
 def _fits(objective: Tensor, graph: Graph) -> None:
@@ -175,12 +210,8 @@ def _shape(graph: Graph) -> Sequence[int]:
     return next(n.shape for n in (*graph.nodes, *graph.inputs) if n.name == graph.outputs[0])
 
 
-def _arithmetic(graph: Graph) -> str:
-    return ARITHMETIC[ibp.unit_of(graph)]
-
-
 def _certify(
-    graph: Graph, x: Tensor, y: Tensor | None, within: Perturbation, method: str
+    graph: Graph, x: Tensor, y: Tensor | None, within: Perturbation, how: tuple[str, str]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(labels, correct, margin) of one batch; a short one is filled up with copies of its last example."""
     count = len(x)
@@ -198,9 +229,8 @@ def _certify(
     )
     if labels.is_floating_point() or labels.min() < 0 or labels.max() >= outputs.shape[1]:
         raise BadInput(
-            f"the labels are not classes 0 to {outputs.shape[1] - 1} of the network; give the data of this network"
+            f"the labels are not classes 0 to {outputs.shape[1] - 1} of the network; give data of its own"
         )
-    with torch.no_grad():
-        found = _bounds(graph, x, within, margins(labels, outputs.shape[1]), method)
+    found = _bounds(graph, x, within, margins(labels, outputs.shape[1]), how)
     margin = found.lower.amin(1)
     return labels[:count].cpu(), (predicted == labels)[:count].cpu(), margin[:count].cpu()

@@ -1,7 +1,9 @@
-"""Interval bound propagation: one interval per value, from the input to the output (Gowal et al. 2018, arXiv:1810.12715).
+"""Interval bound propagation: one interval per value, from input to output (Gowal et al. 2018,
+arXiv:1810.12715).
 
-Each operator has a rule: what it does to intervals (see `relax` for the arithmetic and what it covers). The last linear
-layer is multiplied with the objective before it is bounded, as the paper does: rows C W instead of bounds on W h.
+Each operator has a rule: what it does to intervals (`rules`; the arithmetic and what it covers: `relax`). The
+last linear layer is multiplied with the objective before it is bounded, as the paper does: rows C W, not
+bounds on W h.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -20,11 +21,11 @@ from netweight.verification.relax import Interval, interval
 from netweight.verification.rules import fixed, rule_of
 
 
-
 def propagate(
     graph: Graph, lower: Tensor, upper: Tensor, objective: Float[Tensor, "b k out"] | None, unit: float
 ) -> Interval:
-    """Bounds on the output, or on the rows of the objective times the flattened output, for lower <= x <= upper.
+    """Bounds for lower <= x <= upper on the output, or on the rows of the objective times the flattened
+    output.
 
     unit: the unit roundoff that is covered. Raises `DoesNotFit` naming the first operator that has no rule.
     """

@@ -1,14 +1,16 @@
 """Arithmetic on intervals that accounts for rounding.
 
-An `Interval` holds every value that a tensor can take: in real arithmetic, and when the network is evaluated in
-floating point of unit roundoff u, round to nearest. By induction over the graph: if the computed inputs of a node lie in
-their intervals, so does its computed output. For a sum of n products, in any order (Higham 2002, section 3.1),
+An `Interval` holds every value that a tensor can take: in real arithmetic, and when the network is evaluated
+in floating point of unit roundoff u, round to nearest. By induction over the graph: if the computed inputs of
+a node lie in their intervals, so does its computed output. For a sum of n products, in any order (Higham
+2002, section 3.1),
 
     |fl(sum w x + b) - (sum w x + b)| <= gamma_n (sum |w| |x| + |b|),       gamma_n = n u / (1 - n u),
 
-an elementary function is taken to be right to 16 u of its size, and whatever float64 loses while the intervals
-themselves are computed is added in the same way. Fused multiply-adds stay below these bounds; reduced-precision
-products (TF32, bfloat16) and Winograd convolutions do not. A NaN (0 times infinity) becomes an infinite interval.
+an elementary function is taken to be right to 16 u of its size, and whatever float64 loses while the
+intervals are computed is added in the same way. Fused multiply-adds stay below these bounds;
+reduced-precision products (TF32, bfloat16) and Winograd convolutions do not. A NaN (0 times infinity) becomes
+an infinite interval.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def widened(lower: Tensor, upper: Tensor, size: Tensor, terms: int, unit: float)
     return Interval(lower - slack, upper + slack)
 
 
-# Products of matrices -------------------------------------------------------------------------
+# Products of matrices ------------------------------------------------------------------------------------
 
 
 def affine(
@@ -93,7 +95,7 @@ def multiplied(a: Interval, b: Interval, unit: float) -> Interval:
     return Interval(middle - spread, middle + spread)
 
 
-# Arithmetic of two arguments -------------------------------------------------------------------------------------
+# Arithmetic of two arguments -----------------------------------------------------------------------------
 
 
 def interval(value: Any) -> Interval:
@@ -176,7 +178,7 @@ def wave(x: Interval, peak: float, f: Callable[[Tensor], Tensor], unit: float) -
     return widened(lower, upper, torch.ones_like(lower), ELEMENTARY, unit)
 
 
-# Truth -----------------------------------------------------------------------------------------------------------
+# Truth ---------------------------------------------------------------------------------------------------
 
 
 def above(a: Any, b: Any, strict: bool) -> Interval:
@@ -208,7 +210,7 @@ def chosen(condition: Any, a: Any, b: Any) -> Interval:
     )
 
 
-# Softmax and normalisation ---------------------------------------------------------------------------------------
+# Softmax and normalisation -------------------------------------------------------------------------------
 
 
 def softmax(x: Interval, dim: int, unit: float) -> Interval:
@@ -244,7 +246,7 @@ def without_own(values: Tensor, dim: int | tuple[int, ...]) -> Interval:
 
 
 def normalised(x: Interval, dims: tuple[int, ...], eps: float, centred: bool, unit: float) -> Interval:
-    """c / sqrt(mean c^2 + eps) with c = x - mean x (or x): rises in its own c_i; the other c_j^2 are bounded apart."""
+    """c / sqrt(mean c^2 + eps), c = x - mean x (or x): rises in its c_i; the other c_j^2 are bounded apart."""
     n = math.prod(x.lower.shape[d] for d in dims)
     size = x.size.amax(dims, keepdim=True)
     slack = 2 * gamma(n + ELEMENTARY, unit) * size
@@ -257,7 +259,9 @@ def normalised(x: Interval, dims: tuple[int, ...], eps: float, centred: bool, un
         )
     c = Interval(c.lower - slack, c.upper + slack)
     square = powered(c, 2, unit)
-    drift = 4 * n * slack * (size + slack)  # of the computed variance
+    drift = (
+        4 * gamma(n + ELEMENTARY, unit) * x.size.square().sum(dims, keepdim=True)
+    )  # of the computed variance
     low = (without_own(square.lower.clamp(min=0), dims).lower - drift).clamp(min=0)
     high = without_own(square.upper, dims).upper + drift
     ends = []

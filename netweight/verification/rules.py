@@ -1,7 +1,7 @@
 """What each operator of the graph does to intervals: one rule per operator, looked up by its name.
 
-A rule takes the node, its params (with an `Interval` for what depends on the input, float64 tensors for what does not)
-and the unit roundoff of the network, and gives an interval; `relax` says what it covers.
+A rule takes the node, its params (with an `Interval` for what depends on the input, float64 tensors for what
+does not) and the unit roundoff of the network, and gives an interval; `relax` says what it covers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Params = Mapping[str, Any]
 Rule = Callable[[Node, Params, float], Any]  # (node, params, unit roundoff) -> Interval or tuple of them
 
 
-# Operators that rise in every argument: data movement, pools, monotone functions ---------------------------------
+# Operators that rise in every argument: data movement, pools, monotone functions -------------------------
 
 
 def side(params: Any, name: str) -> Any:
@@ -89,7 +89,7 @@ def gelu(node: Node, p: Params, unit: float) -> Interval:
     return valley(-0.7517916243 if p["approximate"] == "none" else -0.7524614220)(node, p, unit)
 
 
-# Affine operators and products -----------------------------------------------------------------------------------
+# Affine operators and products ---------------------------------------------------------------------------
 
 
 def fixed(node: Node, p: Params, name: str) -> Any:
@@ -160,7 +160,7 @@ def batch_norm(node: Node, p: Params, unit: float) -> Interval:
     return widened(torch.minimum(*ends), torch.maximum(*ends), size, ELEMENTARY, unit)
 
 
-# Normalisation with the statistics of the input ------------------------------------------------------------------
+# Normalisation with the statistics of the input ----------------------------------------------------------
 
 
 def layer_norm(node: Node, p: Params, unit: float) -> Interval:
@@ -220,7 +220,7 @@ def norm(node: Node, p: Params, unit: float) -> Interval:
     return Interval(found.lower.reshape(node.shape), found.upper.reshape(node.shape))
 
 
-# Single operators ------------------------------------------------------------------------------------------------
+# Single operators ----------------------------------------------------------------------------------------
 
 
 def item(node: Node, p: Params, unit: float) -> Interval:
@@ -294,21 +294,30 @@ def rule_of(node: Node) -> Rule:
     if rule is None:
         where = f" (in layer {node.layer})" if node.layer else ""
         raise DoesNotFit(
-            f"{node.name}{where}: no bounds are known for the operator {node.op}; replace it, or leave the proof out"
+            f"{node.name}{where}: no bounds are known for the operator {node.op}; replace it by one that is"
         )
     return rule
 
 
-EXACT = """relu relu6 hardtanh clamp clamp_min clamp_max maximum minimum max_pool1d max_pool2d max_pool3d adaptive_max_pool2d
-amax amin max min sign round floor ceil trunc heaviside logical_and logical_or any all reshape permute transpose t expand
-unsqueeze squeeze select slice cat stack flip roll repeat constant_pad_nd reflection_pad1d reflection_pad2d replication_pad2d
-as_strided split_with_sizes unbind tril triu diagonal narrow slice_scatter select_scatter pixel_shuffle upsample_nearest1d
-upsample_nearest2d unfold im2col copy topk sort""".split()
-RISING = (
-    "sigmoid tanh exp expm1 sqrt log log1p log2 log10 elu softplus hardsigmoid erf atan asinh sinh".split()
-)
-SUMMED = """sum mean cumsum avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-upsample_bilinear2d upsample_linear1d""".split()
+# fmt: off
+EXACT = [
+    "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "max_pool1d",
+    "max_pool2d", "max_pool3d", "adaptive_max_pool2d", "amax", "amin", "max", "min", "sign", "round",
+    "floor", "ceil", "trunc", "logical_and", "logical_or", "any", "all", "reshape", "permute",
+    "transpose", "t", "expand", "unsqueeze", "squeeze", "select", "slice", "cat", "stack", "flip",
+    "roll", "repeat", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d",
+    "split_with_sizes", "unbind", "tril", "triu", "diagonal", "slice_scatter", "select_scatter",
+    "pixel_shuffle", "upsample_nearest1d", "upsample_nearest2d", "unfold", "im2col", "sort",
+]
+RISING = [
+    "sigmoid", "tanh", "exp", "expm1", "log", "log1p", "log2", "log10", "elu", "softplus",
+    "hardsigmoid", "erf", "atan", "asinh", "sinh",
+]
+SUMMED = [
+    "sum", "mean", "cumsum", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_bilinear2d", "upsample_linear1d",
+]
+# fmt: on
 
 RULES: Mapping[str, Rule] = {
     **{f"aten.{name}": exact for name in EXACT},
@@ -350,6 +359,7 @@ RULES: Mapping[str, Rule] = {
     "aten.abs": lambda node, p, unit: relax.absolute(p["self"]),
     "aten.pow": power,
     "aten.square": lambda node, p, unit: relax.powered(p["self"], 2, unit),
+    "aten.sqrt": lambda node, p, unit: relax.powered(p["self"], 0.5, unit),
     "aten.rsqrt": lambda node, p, unit: relax.powered(p["self"], -0.5, unit),
     "aten.sin": lambda node, p, unit: relax.wave(p["self"], math.pi / 2, torch.sin, unit),
     "aten.cos": lambda node, p, unit: relax.wave(p["self"], 0.0, torch.cos, unit),

@@ -185,9 +185,10 @@ def test_folder_hostile(tmp_path):
     with pytest.raises(BadInput, match="no images"):
         files.load(str(tmp_path))
     folder = image_folder(tmp_path / "a")
-    Image.new("RGB", (5, 5)).save(folder / "dog" / "1.png")
-    with pytest.raises(BadInput, match="5 x 5 pixels, but .* has 6 x 4"):
-        files.load(str(folder))
+    for width, height in [(5, 4), (6, 5)]:
+        Image.new("RGB", (width, height)).save(folder / "dog" / "1.png")
+        with pytest.raises(BadInput, match=f"{width} x {height} pixels, but .* has 6 x 4"):
+            files.load(str(folder))
     whole = (folder / "dog" / "2.png").read_bytes()
     (folder / "dog" / "1.png").write_bytes(whole[:45])
     with pytest.raises(BadInput, match=r"1\.png: not a whole image"):

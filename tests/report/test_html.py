@@ -136,3 +136,19 @@ def test_inputs_that_are_no_images_are_shown_as_numbers():
     (shown,) = html.examples(Fixed(0, 2), Fixed(1, 2), Task(tokens, tokens), Evidence([], flipped=[0]))
     assert shown.text == "0 1 2 3 4 5 6 7 …"
     assert shown.before == "0 0 0 0 0 0 0 0 …"
+
+
+def test_inputs_found_by_attack_are_shown_beside_where_they_came_from():
+    x = torch.rand(4, 1, 3, 3)
+    data = Data(x, torch.ones(4, dtype=torch.long), classes=("cat", "dog", "owl"), low=0.0, high=1.0)
+    item = {"example": 2, "original": 1, "compressed": 0, "moved": 0.25}
+    whole = {**item, "input": x[2].tolist(), "point": (x[2] * 0.5).tolist()}
+    evidence = Evidence([], context={"disagreements": [whole, item]})
+    first, second = html.examples(Fixed(0), Fixed(0), Task(data, data), evidence)
+    assert (first.kind, first.before, first.after, first.truth) == ("found", "dog", "cat", "dog")
+    assert first.title == "test example 2, moved by at most 0.25"
+    assert first.pictures == (html.picture(x[2]), html.picture(x[2] * 0.5))
+    assert (second.pictures, second.text) == ((), "")
+    page = html.render(evidence, Plan(), [], [first, second])
+    assert "Inputs found on which the two networks part" in page
+    assert "disagreements" not in page

@@ -92,7 +92,7 @@ def test_every_option_is_a_point_and_every_choice_a_ring():
     rings = [
         n for n in uses if "stroke: currentColor" in n.get("style", "") and "fill: none" in n.get("style", "")
     ]
-    assert len(rings) == 3 + 1  # one more in the legend
+    assert len(rings) == 3
     assert len([n for n in uses if "fill-opacity: 0.55" in n.get("style", "")]) == len(options())
 
 

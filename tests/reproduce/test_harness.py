@@ -21,7 +21,7 @@ MEASURED = {0: 0.2, 1: 0.4, 2: 0.3}
 def runs(monkeypatch, tmp_path):
     """A stand-in reproduction under the slug "fake"; the list says which seeds ran, and where data lay."""
     ran: list[tuple[int, bool, str | None]] = []
-    module = types.ModuleType("fake_reproduction", "Doe 2020: it shrinks | by half.\n\nMore about it.")
+    module = types.ModuleType("fakes.fake", "Doe 2020: it shrinks | by half.\n\nMore about it.")
 
     def reproduce(*, seed=0, quick=False):
         ran.append((seed, quick, os.environ.get("NETWEIGHT_DATA")))
@@ -31,8 +31,8 @@ def runs(monkeypatch, tmp_path):
         return Claim(bars, {"curve": [seed, math.nan]})
 
     module.reproduce, module.stop_at = reproduce, None
-    system = System("fake", "Fake", "ICML", 2020, "compression", "", "fake_reproduction")
-    monkeypatch.setitem(sys.modules, "fake_reproduction", module)
+    system = System("fake", "Fake", "ICML", 2020, "compression", "", "fakes.fake")
+    monkeypatch.setitem(sys.modules, "fakes.fake", module)
     monkeypatch.setattr(harness, "reproduction", lambda slug: system)
     monkeypatch.setattr(harness, "reproductions", lambda: [system])
     monkeypatch.setenv("NETWEIGHT_CACHE", str(tmp_path / "cache"))

@@ -1,0 +1,211 @@
+"""The commands on the built-in digits network, as a user calls them: exit codes, JSON, files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import netweight
+from netweight.cli.main import app
+from netweight.core.catalogue import SYSTEMS
+from netweight.core.result import Bar, Claim
+
+DIGITS = ("--data", "digits")
+COMMANDS = ("compress", "plan", "compare", "verify", "attack", "export", "methods", "reproduce", "bench")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def call(*args) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def answer(*args, code: int = 0) -> dict:
+    status, out, err = call(*args, "--json")
+    assert status == code, err
+    assert out.count("\n") == 1
+    return json.loads(out)
+
+
+def sentence(*args) -> str:
+    code, out, err = call(*args)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> tuple[Path, dict]:
+    out = tmp_path_factory.mktemp("cli") / "small"
+    options = ("--budget", "bits=4", "--method", "rtn", "--within", "linf=0.01", "--out", out)
+    return out, answer("compress", "digits-cnn", *DIGITS, *options)
+
+
+def test_help_lists_every_command_with_its_json():
+    code, out, _ = call("--help")
+    assert code == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in out
+        code, text, _ = call(name, "--help")
+        assert code == 0
+        assert "--json" in text
+        assert "--debug" in text
+    assert call("--version")[1].strip() == netweight.__version__
+    assert call("no-such-command")[0] == 2
+
+
+def test_the_module_runs_as_the_command():
+    root = Path(netweight.__file__).parent.parent
+    command = [sys.executable, "-m", "netweight", "attack", "digits-cn", *DIGITS, "--within", "linf=0.1"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "netweight: unknown model 'digits-cn'; did you mean 'digits-cnn'?\n"
+
+
+def test_compress_writes_the_whole_folder(small):
+    out, said = small
+    assert {"weights.safetensors", "plan.json", "evidence.json", "report.html", "netweight.json"} <= {
+        path.name for path in out.iterdir()
+    }
+    assert said["out"] == str(out)
+    assert said["evidence"] == json.loads((out / "evidence.json").read_text())
+    choices = said["plan"]["choices"]
+    assert choices == json.loads((out / "plan.json").read_text())["choices"]
+    stored = sum(c["cost"]["bits"] for c in choices) / sum(c["cost"]["weights"] for c in choices)
+    assert 2 < stored <= 4
+    assert {row["question"] for row in said["evidence"]["rows"]} == {
+        "average",
+        "worst found",
+        "worst possible",
+        "cost",
+    }
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 3
+    assert all(c["layer"] in page for c in choices)
+
+
+def test_compare_agrees_with_compress_and_says_it_in_80_columns(small, tmp_path):
+    out, said = small
+    again = answer("compare", "digits-cnn", out, *DIGITS, "--out", tmp_path / "seen")
+
+    def average(evidence):
+        return [row for row in evidence["rows"] if row["question"] == "average"]
+
+    assert average(again["evidence"]) == average(said["evidence"])
+    assert (tmp_path / "seen" / "report.html").read_text().startswith("<!doctype html>")
+    code, text, _ = call("compare", "digits-cnn", "digits-cnn", *DIGITS)
+    assert code == 0
+    assert "accuracy" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_plan_shows_the_plan_and_draws_it(small, tmp_path):
+    drawn = tmp_path / "plan.svg"
+    options = ("--budget", "bits=4", "--method", "rtn", "--plot", drawn)
+    found = answer("plan", "digits-cnn", *DIGITS, *options)
+    assert found["choices"] == small[1]["plan"]["choices"]
+    assert found["options"] > len(found["choices"])
+    assert drawn.read_text().startswith("<svg")
+    message = sentence("plan", "digits-cnn", *DIGITS, "--budget", "bits=0.5", "--method", "rtn")
+    assert "the smallest possible is bits=" in message
+
+
+def test_verify_never_claims_what_an_attack_refutes(small):
+    options = (*DIGITS, "--within", "linf=0.02", "--limit", "40")
+    proven = answer("verify", small[0], *options)
+    attacked = answer("attack", small[0], *options, "--steps", "10")
+    assert proven["verified"] + proven["unknown"] + proven["wrong"] == proven["examples"] == 40
+    assert not {i for i in attacked["hits"] if proven["verdicts"][i] == "verified"}
+    assert attacked["found"] == len(attacked["hits"]) >= proven["wrong"]
+    apart = answer("verify", small[0], *options, "--against", "digits-cnn")
+    assert apart["largest_difference"] >= apart["mean_difference"] > 0
+
+
+def test_attack_finds_where_two_networks_part(small):
+    options = (*DIGITS, "--within", "linf=0.1", "--limit", "30", "--steps", "10", "--against", "digits-cnn")
+    found = answer("attack", small[0], *options)
+    assert found["method"] == "disagree"
+    assert found["examples"] == 30
+    same = answer("attack", "digits-cnn", *options)
+    assert same["found"] == 0
+
+
+def test_export_writes_a_file_that_onnx_runtime_runs(small, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "small.onnx"
+    found = answer("export", small[0], *DIGITS, "--to", "onnx", "--out", path)
+    assert found["bytes"] == path.stat().st_size
+    session = onnxruntime.InferenceSession(str(path))
+    assert session.get_inputs()[0].shape[1:] == [1, 8, 8]
+
+
+def test_methods_lists_the_catalogue():
+    found = answer("methods")
+    assert [line["slug"] for line in found["methods"]] == [system.slug for system in SYSTEMS]
+    assert {line["room"] for line in answer("methods", "--room", "attacks")["methods"]} == {"attacks"}
+    assert "did you mean 'attacks'" in sentence("methods", "--room", "atacks")
+    code, text, _ = call("methods")
+    assert code == 0
+    assert "quantization-survey" in text
+
+
+@pytest.mark.parametrize(("measured", "code"), [(0.1, 0), (0.9, 1)])
+def test_reproduce_tells_whether_the_bars_are_reached(monkeypatch, tmp_path, measured, code):
+    module = pytest.importorskip("netweight.reproduce.awq")
+    monkeypatch.setenv("NETWEIGHT_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        module, "reproduce", lambda *, seed, quick: Claim([Bar("e", measured, 0.5, "at most")])
+    )
+    found = answer("reproduce", "awq", "--quick", "--seeds", "2", code=code)
+    assert (found["slug"], found["passed"], found["quick"], found["seeds"]) == ("awq", not code, True, [0, 1])
+    status, text, _ = call("reproduce", "awq", "--quick", "--seeds", "1")
+    assert status == code
+    assert found["claim"].split()[0] in text
+    assert "not recorded" in text
+
+
+MISTAKES = [
+    (("compress", "digits-cnn", *DIGITS, "--budget", "bitz=4"), "did you mean 'bits'"),
+    (("compress", "digits-cnn", *DIGITS, "--budget", "bits=4", "--method", "gtpq"), "did you mean 'gptq'"),
+    (
+        ("compress", "digits-cnn", *DIGITS, "--budget", "bits=4", "--metric", "accurcy"),
+        "did you mean 'accuracy'",
+    ),
+    (("compress", "no.onnx", *DIGITS, "--budget", "bits=4"), "no.onnx"),
+    (("plan", "digits-cnn", "--data", "no.npz", "--budget", "bits=4"), "no.npz"),
+    (("attack", "digits-cnn", *DIGITS), "--within is missing"),
+    (("attack", "digits-cnn", *DIGITS, "--within", "linf=x"), "'x' is not a number"),
+    (("attack", "digits-cnn", *DIGITS, "--within", "linf=0.1", "--method", "rtn"), "'rtn' is no attack"),
+    (("attack", "digits-cnn", *DIGITS, "--within", "linf=0.1", "--method", "disagree"), "belong together"),
+    (("verify", "digits-cnn", *DIGITS, "--within", "linf=0.1", "--method", "idp"), "ibp"),
+    (("reproduce",), "one SLUG or --all"),
+    (("reproduce", "awq", "--all"), "one SLUG or --all"),
+    (("reproduce", "pgd"), "has no reproduction of its own"),
+    (("bench", "al"), "unknown bench 'al'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"), MISTAKES, ids=lambda v: " ".join(v) if isinstance(v, tuple) else ""
+)
+def test_a_mistake_is_named_in_one_sentence(args, words):
+    assert words in sentence(*args)
+
+
+def test_a_folder_that_is_not_ours_is_not_overwritten(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    message = sentence("compress", "digits-cnn", *DIGITS, "--budget", "bits=4", "--out", tmp_path)
+    assert "--out" in message
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
