@@ -27,9 +27,10 @@ from netweight.resume import Work
 NOTHING = Work(None)  # keeps no unfinished work
 WHOLE = "whole network"  # the catalogue's tag of methods that rewrite across layers
 BITS = (2, 3, 4, 5, 6, 8)
-GROUPS = (0, 32, 64, 128)
+GROUPS = (0, 32, 128)
 HEADER = 8 * 128  # bits of file header per stored tensor: name, dtype, shape, offsets
-AUTO = ("gptq", "rtn", "nm-magnitude")
+# Rounding to nearest is only ever better where GPTQ has no inputs to look at: embedding tables.
+AUTO, AUTO_TABLES = ("gptq", "nm-magnitude"), "rtn"
 
 
 def candidates(
@@ -73,7 +74,12 @@ def plan(
     budget that cannot be met.
     """
     layers = planned_layers(model, budget)
-    priced = options(model, task, layers, candidates(method), distortion=distortion)
+    tables = [layer for layer in layers if isinstance(model.get_submodule(layer), nn.Embedding)]
+    rest = [layer for layer in layers if layer not in tables]
+    priced = options(model, task, rest, candidates(method), distortion=distortion)
+    if tables:
+        by_hand = candidates(AUTO_TABLES if method == "auto" else method)
+        priced += options(model, task, tables, by_hand, distortion=distortion)
     if all(option.method == "keep" for option in priced):
         raise DoesNotFit(
             f"{method}: none of the {len(layers)} layers can be treated; choose another --method"

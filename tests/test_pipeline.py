@@ -81,7 +81,7 @@ def test_more_bits_never_distort_more(model, task):
 
 def test_three_answers_obey_their_order(model, task, small):
     few = Task(task.calibration, task.test.take(60))
-    evidence = pipeline.compare(model, small, few, within=Linf(0.01, 0.0, 1.0))
+    evidence = pipeline.compare(model, small, few, within=Linf(0.001, 0.0, 1.0))
     measured, found, possible = (evidence[q] for q in ("average", "worst found", "worst possible"))
     for side in ("original", "compressed"):
         assert getattr(possible, side) <= getattr(found, side) <= getattr(measured, side)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from netweight.cli import common
+
+if TYPE_CHECKING:
+    from netweight.core.plan import Budget
+    from netweight.core.result import Evidence
 
 
 def compress(
@@ -36,7 +40,9 @@ def compress(
         found = pipeline.compare(original, small, task, within=inside, thorough=thorough, seed=seed)
         if out is not None:
             pipeline.write(out, original, small, found, task)
+    missed = over_budget(ceilings.in_bytes(pipeline.float_bytes(original)), found, out)
     content = {
+        "missed": missed,
         "out": None if out is None else str(out),
         "plan": small.plan.to_json(),
         "evidence": found.to_json(),
@@ -44,4 +50,23 @@ def compress(
     common.answer(content, lambda: table.evidence(found), as_json=json)
     if out is not None and not json:
         typer.echo(f"written to {out}; open {out / 'report.html'}")
-    return True
+    for name in missed:
+        typer.echo(f"the budget {name} is missed; report.html says by how much", err=True)
+    return not missed
+
+
+def over_budget(budget: Budget, found: Evidence, out: Path | None) -> list[str]:
+    """The ceilings, as "bits=4", that what was measured lies above; size is that of the written weights."""
+    measured = {
+        "bits": found["stored bits per weight"].compressed,
+        "bops": found["bit operations"].compressed,
+        "latency": found["latency, median"].compressed,
+    }
+    if out is not None:
+        measured["size"] = (out / "weights.safetensors").stat().st_size
+    ceilings = {name: getattr(budget, name) for name in measured}
+    return [
+        f"{name}={ceiling:g}"
+        for name, ceiling in ceilings.items()
+        if ceiling is not None and not measured[name] <= ceiling
+    ]

@@ -63,7 +63,10 @@ class AdaRound:
 def adaround(model: nn.Module, task: Task, layers: Sequence[str], settings: AdaRound) -> Change:
     """Learn the rounding of Linear and Conv layers one after the other, in the order of `layers`."""
     weights, left = weights_to_pack(model, layers, WEIGHTED)
-    data, grid = task.calibration.take(settings.examples), Grid(settings.bits, settings.symmetric, settings.group)
+    data, grid = (
+        task.calibration.take(settings.examples),
+        Grid(settings.bits, settings.symmetric, settings.group),
+    )
     small, packed = copy.deepcopy(model).eval(), {}
     for layer, weight in steps([*weights.items()], "Learning to round"):
         module = model.get_submodule(layer)
@@ -138,8 +141,14 @@ def undecided(h: Tensor, progress: float) -> Tensor:
 
 
 def encode(
-    weight: Float[Tensor, "out in *kernel"], scale: Tensor, zero: Tensor, up: Bool[Tensor, "groups of"], grid: Grid
+    weight: Float[Tensor, "out in *kernel"],
+    scale: Tensor,
+    zero: Tensor,
+    up: Bool[Tensor, "groups of"],
+    grid: Grid,
 ) -> Affine:
     """The codes floor(W / s) + up + z."""
-    codes = (in_groups(weight.float(), grid.group) / scale.float()[:, None]).floor() + up + zero.float()[:, None]
+    codes = (
+        (in_groups(weight.float(), grid.group) / scale.float()[:, None]).floor() + up + zero.float()[:, None]
+    )
     return Affine.of(codes.clamp(*map(float, grid.levels)).to(torch.uint8), scale, zero, weight, grid)

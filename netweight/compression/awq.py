@@ -207,7 +207,9 @@ def clipped(
     return groups.clamp(-best[:, None], best[:, None]).reshape(weight.shape)
 
 
-def group_errors(change: Float[Tensor, "groups of"], gram: Float[Tensor, "parts d d"]) -> Float[Tensor, " groups"]:
+def group_errors(
+    change: Float[Tensor, "groups of"], gram: Float[Tensor, "parts d d"]
+) -> Float[Tensor, " groups"]:
     """E (dw x)^2 of each group by itself: dw H_gg dw^T. Groups lie row by row; a grouped convolution has `parts`."""
     parts, d, _ = gram.shape
     of = change.shape[1]
@@ -221,8 +223,6 @@ def encode(weight: Float[Tensor, "out in *kernel"], grid: Grid) -> Affine:
     groups = in_groups(weight, grid.group)
     scale, zero = scale_and_zero(*extent(groups, grid.symmetric), grid)
     return Affine.of(to_codes(groups, scale, zero, grid), scale, zero, weight, grid)
-
-
 
 
 def spread(scale: Float[Tensor, " in"], layer: nn.Module) -> Float[Tensor, "parts d"]:

@@ -40,9 +40,7 @@ class BiasCorrection:
         Grid(self.bits, self.symmetric, self.group)
 
 
-def bias_correction(
-    model: nn.Module, task: Task, layers: Sequence[str], settings: BiasCorrection
-) -> Change:
+def bias_correction(model: nn.Module, task: Task, layers: Sequence[str], settings: BiasCorrection) -> Change:
     """Round to nearest, then correct the biases; a layer without a bias gets one."""
     grid = Grid(settings.bits, settings.symmetric, settings.group)
     weights, left = weights_to_pack(model, layers, WEIGHTED)

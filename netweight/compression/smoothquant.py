@@ -99,9 +99,7 @@ def scale_of(
     return torch.where(alive, s, 1.0).clamp(1e-5, 1e5).float()
 
 
-def rounding(
-    seen: Moments, scale: Float[Tensor, " in"] | None, settings: SmoothQuant
-) -> ActivationRounding:
+def rounding(seen: Moments, scale: Float[Tensor, " in"] | None, settings: SmoothQuant) -> ActivationRounding:
     """How the input of a layer is rounded, after it was divided by `scale`."""
     if settings.dynamic:
         return DynamicRounding(settings.activation_bits)

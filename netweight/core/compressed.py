@@ -135,9 +135,12 @@ def weight_of(model: nn.Module, layer: str) -> Tensor:
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` stands."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
+    """Put `module` where `name` stands, and wherever else the network uses the same layer."""
+    before = model.get_submodule(name)
+    for parent in list(model.modules()):
+        for last, child in list(parent.named_children()):
+            if child is before:
+                setattr(parent, last, module)
 
 
 def assemble(model: nn.Module, change: Change, plan: Plan) -> Compressed:

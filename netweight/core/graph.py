@@ -255,7 +255,7 @@ def _read(exported: Any) -> Graph:
                 inputs.append(_typed(found, Node(found.name, "input", "", (), {}, (), torch.float32, "")))
         elif found.op == "output":
             outputs = tuple(same.get(a.name, a.name) for a in found.args[0] if isinstance(a, torch.fx.Node))
-        else:
+        elif "val" in found.meta:  # what has no value asserts something
             node = _node(found, same)
             instead = _same_as(node, nodes)
             if instead is not None:

@@ -7,10 +7,11 @@ For multipliers m >= 0 and reduced values r_lo = v_lo + m . c_lo,
 
     L(m) = sum_l min_o r_lo - m . B
 
-is a lower bound, tightest at the multipliers of the linear programme (Kellerer, Pferschy and Pisinger, "Knapsack
-Problems", 2004, chapter 11). A plan of reduced values at most g_lo = r_lo - min_o r_lo above the least each has a
-value of at least L(m) + sum g, so with U the value of a plan that fits, no better plan has sum g > U - L(m). Plans
-with little sum g are listed, half of the groups against the other half, until that proves the best one.
+is a lower bound, tightest at the multipliers of the linear programme (Kellerer, Pferschy and Pisinger,
+"Knapsack Problems", 2004, chapter 11). A plan of reduced values at most g_lo = r_lo - min_o r_lo above the
+least each has a value of at least L(m) + sum g, so with U the value of a plan that fits, no better plan has
+sum g > U - L(m). Plans with little sum g are listed, half of the groups against the other half, until that
+proves the best one.
 
 Where the halves grow past `STATES` the rest is an integer programme for HiGHS, whose tolerance is 1e-6 of the
 largest difference of two options' values; the better of its plan and the one known is taken.
@@ -18,8 +19,11 @@ largest difference of two options' values; the better of its plan and the one kn
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +31,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 SLACK = 1e-12  # a sum of costs may pass its ceiling by this share: the rounding of the sum
-STATES, PAIRS = 1_000_000, 20_000_000  # listed in one half; of both halves
+STATES, PAIRS = 1_500_000, 20_000_000  # listed in one half; of both halves
 CHUNK = 1_000_000  # pairs looked at together
 GROWTH = 1.3  # of the limit on sum g from round to round
 
@@ -69,8 +73,8 @@ def solve(
 ) -> list[int] | None:
     """The chosen option of each group, None where no plan fits.
 
-    values: an array for each group. costs: `options k` for each group. ceilings: k numbers. Of equal options of a
-    group the first is chosen.
+    values: an array for each group. costs: `options k` for each group. ceilings: k numbers. Of equal options
+    of a group the first is chosen.
     """
     sizes = [len(value) for value in values]
     whole = Problem(
@@ -106,7 +110,7 @@ def one_each(problem: Problem) -> Any:
 
 
 def multipliers(problem: Problem) -> Float[np.ndarray, " k"] | None:
-    """m: what one more unit under each ceiling is worth in the linear programme, None where that has no plan."""
+    """m: what a unit of each ceiling is worth in the linear programme, None where that has no plan."""
     from scipy.optimize import linprog
 
     unit = np.abs(problem.value).max() or 1.0
@@ -130,7 +134,7 @@ def best_plan(problem: Problem, m: Float[np.ndarray, " k"]) -> Int[np.ndarray, "
     plan = good_plan(problem, m)
     if plan is None:
         return programme(problem)
-    limit = gap_of(problem, m, plan) / 32
+    limit = gap_of(problem, m, plan) / 1024
     while True:
         kept = within(problem, m, plan, limit)
         better = listed(problem.only(kept), m, limit)
@@ -147,7 +151,7 @@ def best_plan(problem: Problem, m: Float[np.ndarray, " k"]) -> Int[np.ndarray, "
 
 
 def good_plan(problem: Problem, m: Float[np.ndarray, " k"]) -> Int[np.ndarray, " groups"] | None:
-    """Places of a plan that fits: the best for m, mended, then bettered group by group; None if mending fails."""
+    """A plan that fits: the best for m, mended, then bettered group by group; None if mending fails."""
     plan = problem.least(problem.value + problem.cost @ m)
     while True:
         now = plan[problem.group]
@@ -187,12 +191,14 @@ def within(
 
 
 def listed(problem: Problem, m: Float[np.ndarray, " k"], limit: float) -> Int[np.ndarray, " groups"] | None:
-    """The best plan that fits among those with sum g <= limit; empty if there is none, None if they are too many."""
+    """The best plan that fits with sum g <= limit; empty if there is none, None if they are too many."""
     reduced = problem.value + problem.cost @ m
     base = problem.least(reduced)
     above = reduced - reduced[base[problem.group]]
     decided = np.bincount(problem.group) == 1
-    nearest = np.minimum.reduceat(np.where(above > 0, above, np.inf), np.flatnonzero(np.diff(problem.group, prepend=-1)))
+    nearest = np.minimum.reduceat(
+        np.where(above > 0, above, np.inf), np.flatnonzero(np.diff(problem.group, prepend=-1))
+    )
     open_ = np.flatnonzero(~decided)
     open_ = open_[np.argsort(-nearest[open_], kind="stable")]  # those that split often come last
     one, other = Half(problem, above, limit), Half(problem, above, limit)
@@ -244,10 +250,11 @@ class Half:
 def best_pair(
     problem: Problem, m: Float[np.ndarray, " k"], limit: float, one: Half, other: Half
 ) -> tuple[int, int] | tuple[()] | None:
-    """The choices of two halves that fit together at the least value; empty if there are none, None if too many.
+    """The choices of two halves that fit together at the least value; empty if there are none, None if too
+    many.
 
-    A plan of value at most L(m) + limit has m_k (B_k - c_k) <= limit for every ceiling k: partners lie in a narrow
-    window. It is looked up in cells as wide as itself, along the two ceilings that tell most apart.
+    A plan of value at most L(m) + limit has m_k (B_k - c_k) <= limit for every ceiling k: partners lie in a
+    narrow window. It is looked up in cells as wide as itself, along the two ceilings that tell most apart.
     """
     tell = m * np.ptp(other.cost, axis=0)
     axes = np.argsort(-tell, kind="stable")[:2]
@@ -289,20 +296,24 @@ def programme(problem: Problem) -> Int[np.ndarray, " groups"] | None:
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     base = problem.least(problem.value)
-    value, extra = problem.value - problem.value[base][problem.group], problem.cost - problem.cost[base][problem.group]
+    value, extra = (
+        problem.value - problem.value[base][problem.group],
+        problem.cost - problem.cost[base][problem.group],
+    )
     scale = np.abs(extra).max(0) + np.finfo(float).tiny
     limits = [
         LinearConstraint(one_each(problem), lb=1.0, ub=1.0),
         LinearConstraint((extra / scale).T, ub=(problem.ceiling - problem.cost[base].sum(0)) / scale),
     ]
     while True:
-        found = milp(
-            value / (value.max() or 1.0),
-            constraints=limits,
-            integrality=np.ones(len(value)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0.0},
-        )
+        with silent():
+            found = milp(
+                value / (value.max() or 1.0),
+                constraints=limits,
+                integrality=np.ones(len(value)),
+                bounds=Bounds(0, 1),
+                options={"mip_rel_gap": 0.0},
+            )
         if found.x is None:
             return None
         plan = problem.least(-found.x)
@@ -311,3 +322,17 @@ def programme(problem: Problem) -> Int[np.ndarray, " groups"] | None:
         taken = np.zeros(len(value))  # it fits within the solver's tolerance alone: forbid it, look again
         taken[plan] = 1
         limits.append(LinearConstraint(taken, ub=len(plan) - 1))
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Nothing reaches standard output: HiGHS writes there although told not to, and --json promises JSON."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

@@ -26,12 +26,6 @@ from netweight.core.errors import DoesNotFit
 from netweight.core.progress import steps
 from netweight.core.task import Data
 
-CONVOLVE: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Conv1d: F.conv1d,
-    nn.Conv2d: F.conv2d,
-    nn.Conv3d: F.conv3d,
-}
-
 
 @dataclass
 class Moments:
@@ -87,36 +81,43 @@ def watched(model: nn.Module, layers: Sequence[str], see: Callable[[str, Tensor]
         return lambda _module, inputs: see(layer, inputs[0].detach())
 
     handles = [model.get_submodule(layer).register_forward_pre_hook(watcher(layer)) for layer in layers]
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, training in modes:
+            module.training = training
         for handle in handles:
             handle.remove()
 
 
 def patches(layer: nn.Module, x: Tensor) -> Float[Tensor, "groups n d"]:
     """Every vector that the layer multiplies its weight with, one row each; n = examples x positions."""
+    columns = _columns(layer, x)
+    return columns.permute(1, 0, 3, 2).reshape(columns.shape[1], -1, columns.shape[2])
+
+
+def _columns(layer: nn.Module, x: Tensor) -> Float[Tensor, "b groups d n"]:
+    """The same vectors as columns, example by example, in the order in which they are cheapest to have."""
     if isinstance(layer, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1])
+        return x.reshape(-1, x.shape[-1]).T[None, None]
     if x.ndim == len(layer.kernel_size) + 1:
         x = x[None]
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0  # type:
-        ignore[arg - type]
-    channels, size = layer.in_channels, torch.Size(layer.kernel_size).numel()
-    one_hot = torch.eye(size, dtype=x.dtype, device=x.device).reshape(size, 1, *layer.kernel_size)
-    one_hot = one_hot.repeat(channels, *[1] * (one_hot.ndim - 1))
-    convolve = next(function for kind, function in CONVOLVE.items() if isinstance(layer, kind))
-    columns = convolve(
-        x, one_hot, stride=layer.stride, padding=padding, dilation=layer.dilation, groups=channels
-    )
-    groups = layer.groups
-    return columns.flatten(2).transpose(1, 2).reshape(-1, groups, columns.shape[1] // groups).transpose(0, 1)
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    size, stride, dilation = layer.kernel_size, layer.stride, layer.dilation
+    if isinstance(layer, nn.Conv3d):  # F.unfold knows images alone: a one-hot filter per place does the same
+        count = size[0] * size[1] * size[2]
+        filters = torch.eye(count, dtype=x.dtype, device=x.device).reshape(count, 1, *size)
+        filters = filters.repeat(layer.in_channels, 1, 1, 1, 1)
+        columns = F.conv3d(x, filters, stride=stride, dilation=dilation, groups=layer.in_channels).flatten(2)
+    elif isinstance(layer, nn.Conv1d):
+        columns = F.unfold(x[:, :, None], (1, *size), (1, *dilation), 0, (1, *stride))
+    else:
+        columns = F.unfold(x, size, dilation, 0, stride)
+    return columns.reshape(len(x), layer.groups, -1, columns.shape[-1])
 
 
 def _collect(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[str, Moments]:
@@ -124,18 +125,22 @@ def _collect(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[str, M
 
     def see(layer: str, x: Tensor) -> None:
         module = model.get_submodule(layer)
-        rows = patches(module, x)
-        flat = x.movedim(1, -1) if not isinstance(module, nn.Linear) and x.ndim > 2 else x
+        x = x.float() if x.element_size() < 4 else x  # sums of half precision overflow
+        if not isinstance(module, nn.Linear):
+            x = x if x.ndim == module.weight.ndim else x[None]
+        columns = _columns(module, x)
+        positions = float(columns.shape[0] * columns.shape[3])
+        flat = x if isinstance(module, nn.Linear) else x.movedim(1, -1)
         flat = flat.reshape(-1, flat.shape[-1])
         size = flat.abs()
         new = Moments(
-            gram=(rows.transpose(1, 2) @ rows).double(),
-            total=rows.sum(1).double(),
-            magnitude=size.sum(0).double() / len(flat) * rows.shape[1],
+            gram=(columns @ columns.transpose(2, 3)).double().sum(0),
+            total=columns.sum(3).double().sum(0),
+            magnitude=size.sum(0).double() / len(flat) * positions,
             largest=size.amax(0).double(),
             low=float(x.min()),
             high=float(x.max()),
-            positions=float(rows.shape[1]),
+            positions=positions,
         )
         found[layer] = _sum(found[layer], new) if layer in found else new
 

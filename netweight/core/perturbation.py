@@ -170,12 +170,17 @@ def _valid(self: Ball, x: Tensor) -> None:
 def _edges(self: Ball, x: Tensor, *, outward: bool) -> tuple[Tensor, Tensor]:
     """The box around the ball, cut to the valid range, rounded outwards or inwards."""
     _valid(self, x)
-    edges = [shifted(x, -self.eps, outward=outward), shifted(x, self.eps, outward=outward)]
-    for side, bound in enumerate((self.low, self.high)):
-        if bound is not None:
-            limit = rounded(x.new_full((), bound, dtype=torch.float64), x.dtype, up=(side == 0) != outward)
-            edges[side] = torch.minimum(edges[side], limit) if side else torch.maximum(edges[side], limit)
-    return edges[0], edges[1]
+    lower, upper = shifted(x, -self.eps, outward=outward), shifted(x, self.eps, outward=outward)
+    return _cut(self, lower, outward=outward), _cut(self, upper, outward=outward)
+
+
+def _cut(self: Ball, s: Tensor, *, outward: bool) -> Tensor:
+    """s clipped to the valid range, whose ends are rounded outwards or inwards."""
+    if self.low is not None:
+        s = s.maximum(rounded(s.new_full((), self.low, dtype=torch.float64), s.dtype, up=not outward))
+    if self.high is not None:
+        s = s.minimum(rounded(s.new_full((), self.high, dtype=torch.float64), s.dtype, up=outward))
+    return s
 
 
 def _ball_contains(self: Ball, s: Num[Tensor, "b *in"], x: Num[Tensor, "b *in"]) -> Bool[Tensor, " b"]:
@@ -193,11 +198,11 @@ def _ball_contains(self: Ball, s: Num[Tensor, "b *in"], x: Num[Tensor, "b *in"])
 
 
 def _ball_project(self: Ball, s: Tensor, x: Tensor) -> Tensor:
-    """Clip to the box; L2 then scales and L1 thresholds the change (Duchi et al. 2008), both towards x."""
-    near = torch.clamp(s, *_edges(self, x, outward=False))
+    """Linf clips; L2 clips to the range and scales the change, L1 thresholds it (Duchi et al. 2008)."""
     if self.norm == math.inf:
-        return near
-    d = (near.double() - x.double()).reshape(len(x), -1)
+        return torch.clamp(s, *_edges(self, x, outward=False))
+    _valid(self, x)
+    d = (_cut(self, s, outward=False).double() - x.double()).reshape(len(x), -1)
     if self.norm == 1:
         ranked = d.abs().sort(1, descending=True).values
         mean = (ranked.cumsum(1) - self.eps) / torch.arange(1, d.shape[1] + 1, device=d.device)

@@ -3,12 +3,13 @@
     minimise    sum_l sum_o D_lo z_lo
     subject to  sum_o z_lo = 1 for every layer l,   sum_lo C^k_lo z_lo <= B_k for every budget k,   z binary,
 
-a multiple-choice knapsack. `allocate` is exact: a mixed-integer programme on HiGHS (`scipy.optimize.milp`,
-gap 0) for any number of ceilings. Where there is no ceiling the best option of each layer is taken.
+a multiple-choice knapsack, which `core.knapsack` solves exactly for any number of ceilings. Where there is no
+ceiling the best option of each layer is taken.
 """
 
 from __future__ import annotations
 
+import decimal
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,15 +18,16 @@ from typing import Any
 import numpy as np
 
 from netweight.core.errors import BadInput, ImpossibleBudget, unknown
+from netweight.core.knapsack import SLACK, solve
 
 
 @dataclass(frozen=True)
 class Option:
     """One choice for one layer.
 
-    method: a slug of the catalogue, or "keep" for the weight as it is. settings: of that method.
-    cost: bits (stored for this weight), weights (how many it has), and where known bops (bit operations per
-    example) and latency (seconds per example). distortion: what the planner adds up (see `evidence.sensitivity`).
+    method: a slug of the catalogue, or "keep" for the weight as it is. settings: of that method. cost: bits
+    (stored for this weight), weights (how many it has), and where known bops (bit operations per example) and
+    latency (seconds per example). distortion: what the planner adds up (see `evidence.sensitivity`).
     """
 
     layer: str
@@ -52,7 +54,8 @@ class Budget:
     """Ceilings; None is no ceiling.
 
     bits: stored bits per weight, on average over the planned layers, scales counted. size: bytes of the file.
-    bops: bit operations per example. latency: seconds per example. share: size as a share of the float32 file.
+    bops: bit operations per example. latency: seconds per example. share: size as a share of the float32
+    file.
     """
 
     bits: float | None = None
@@ -69,13 +72,15 @@ class Budget:
 
     @classmethod
     def parse(cls, text: str) -> Budget:
-        """From "bits=4", "size=25%", "size=120k,bops=1e9"; sizes take k, M, G (1000s) or a share of float32."""
+        """From "bits=4", "size=25%", "size=120k,bops=1e9"; sizes take k, M, G (1000s) or %."""
         values: dict[str, float] = {}
         known = [item.name for item in fields(cls) if item.name != "share"]
         for part in text.split(","):
             key, _, value = (word.strip() for word in part.partition("="))
             if key not in known:
                 raise unknown("budget", key, known)
+            if key in values or key == "size" and "share" in values:
+                raise BadInput(f"budget {text!r}: {key} is given twice; give each ceiling once")
             if key == "size" and value.endswith("%"):
                 values["share"] = _number(part, value[:-1]) / 100
             elif key == "size":
@@ -104,11 +109,12 @@ class Budget:
 
 def _number(part: str, value: str) -> float:
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        raise BadInput(
-            f"budget {part.strip()!r}: {value!r} is not a number; write for example bits=4"
-        ) from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadInput(f"budget {part.strip()!r}: {value!r} is not a number; write for example bits=4")
+    return number
 
 
 def _bytes(part: str, value: str) -> float:
@@ -149,99 +155,106 @@ class Plan:
     def from_json(cls, content: Any) -> Plan:
         """The plan that `to_json` wrote; raises `BadInput` for anything else."""
         try:
-            options = [Option(**item) for item in content["choices"]]
+            options = [
+                Option(**{**item, "settings": _frozen(item["settings"])}) for item in content["choices"]
+            ]
             return cls({option.layer: option for option in options}, float(content["fixed"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadInput(
                 f"not a plan of netweight ({error}); expected what `netweight plan` wrote"
             ) from error
+
+
+def _frozen(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a method takes them: JSON's lists are tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
 def allocate(options: Sequence[Option], budget: Budget, *, fixed: float = 0.0) -> Plan:
     """The plan of least summed distortion within the budget.
 
     options: any number per layer, each layer at least one. fixed: bits that the file holds besides, counted
-    against `budget.size`. Ties go to the option given first. Raises `ImpossibleBudget` with the smallest
-    possible value where a ceiling cannot be met, `BadInput` where an option lacks a cost that is budgeted.
+    against `budget.size`. Of equal options the one given first is taken. Raises `ImpossibleBudget` with the
+    smallest possible value where a ceiling cannot be met, `BadInput` where an option lacks a cost that is
+    budgeted.
     """
+    if budget.share is not None:
+        raise BadInput(
+            "a budget size in percent needs the size of the float file; call budget.in_bytes() first"
+        )
     layers: dict[str, list[Option]] = {}
     for option in options:
         layers.setdefault(option.layer, []).append(option)
-    weights = sum(group[0].cost.get("weights", 0.0) for group in layers.values())
+    weights = 0.0 if budget.bits is None else sum(float(c[0]) for c in _costs(layers, "weights"))
     ceilings = budget.ceilings(weights)
     if "size" in ceilings:
         ceilings["size"] -= fixed
-    rows = {name: _costs(layers, name) for name in ceilings}
-    for name, costs in rows.items():
-        least = sum(float(min(group)) for group in costs)
-        if least > ceilings[name] * (1 + 1e-12):
-            raise _impossible(name, budget, least, weights, fixed)
+    costs = {name: _costs(layers, "bits" if name == "size" else name) for name in ceilings}
     distortion = [np.array([option.distortion for option in group]) for group in layers.values()]
-    if all(
-        sum(float(c[d.argmin()]) for c, d in zip(costs, distortion)) <= ceilings[n]
-        for n, costs in rows.items()
-    ):
-        picks = [int(d.argmin()) for d in distortion]
-    else:
-        picks = _solve(distortion, list(rows.values()), list(ceilings.values()), budget)
+    picks = [int(d.argmin()) for d in distortion]
+    if not all(_holds(sum(c[p] for c, p in zip(costs[n], picks)), ceilings[n]) for n in costs):
+        least = {name: sum(float(group.min()) for group in costs[name]) for name in costs}
+        for name, value in least.items():
+            if not _holds(value, ceilings[name]):
+                raise _impossible(name, budget, value, weights, fixed)
+        together = [np.column_stack(rows) for rows in zip(*costs.values())]
+        found = solve(distortion, together, list(ceilings.values()))
+        if found is None:
+            raise _impossible_together(costs, ceilings, budget, weights, fixed)
+        picks = found
     return Plan({name: group[pick] for (name, group), pick in zip(layers.items(), picks)}, fixed)
 
 
+def _holds(total: float, ceiling: float) -> bool:
+    return total <= ceiling + SLACK * abs(ceiling)
+
+
 def _costs(layers: Mapping[str, Sequence[Option]], name: str) -> list[np.ndarray]:
-    """One cost of every option, an array per layer; the size ceiling reads the cost `bits`."""
-    key = "bits" if name == "size" else name
+    """One cost of every option, an array per layer."""
     for group in layers.values():
         for option in group:
-            if key not in option.cost:
-                raise BadInput(f"{option.layer}: {option.label} has no known {key}, which the budget limits")
-    return [np.array([option.cost[key] for option in group], dtype=float) for group in layers.values()]
+            if name not in option.cost:
+                raise BadInput(f"{option.layer}: {option.label} has no known {name}, which the budget limits")
+    return [np.array([option.cost[name] for option in group], dtype=float) for group in layers.values()]
 
 
-def _impossible(name: str, budget: Budget, least: float, weights: float, fixed: float) -> ImpossibleBudget:
-    """The sentence that names the smallest possible value of a ceiling."""
-    if name == "bits":
-        return ImpossibleBudget(
-            f"budget bits={budget.bits:g} cannot be met: the smallest possible is bits={math.ceil(least / weights * 100) / 100:g}"
-        )
+def _impossible(
+    name: str, budget: Budget, least: float, weights: float, fixed: float, beside: str = ""
+) -> ImpossibleBudget:
+    """The sentence that names the smallest possible value of a ceiling, rounded up so that it can be met."""
     if name == "size":
         size = math.ceil((least + fixed) / 8)
-        return ImpossibleBudget(
-            f"budget size={budget.size} bytes cannot be met: the smallest possible is size={size}"
-        )
+        given, smallest = f"{budget.size} bytes", str(size)
+    else:
+        given = f"{getattr(budget, name):g}"
+        smallest = _rounded_up(least / weights if name == "bits" else least)
     return ImpossibleBudget(
-        f"budget {name}={getattr(budget, name):g} cannot be met: the smallest possible is {name}={least:g}"
+        f"budget {name}={given} cannot be met{beside}: the smallest possible is {name}={smallest}"
     )
 
 
-def _solve(
-    distortion: Sequence[np.ndarray],
-    rows: Sequence[Sequence[np.ndarray]],
-    ceilings: Sequence[float],
+def _impossible_together(
+    costs: Mapping[str, Sequence[np.ndarray]],
+    ceilings: Mapping[str, float],
     budget: Budget,
-) -> list[int]:
-    """Index of the chosen option per layer, by MILP to gap 0."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
+    weights: float,
+    fixed: float,
+) -> ImpossibleBudget:
+    """The sentence for ceilings that can be met alone, not together: the smallest value of one of them."""
+    *others, last = costs
+    for count in range(1, len(others) + 1):
+        some = others[:count]
+        name = [*others, last][count]
+        rows = [np.column_stack(row) for row in zip(*(costs[other] for other in some))]
+        picks = solve(costs[name], rows, [ceilings[other] for other in some])
+        assert picks is not None, "the ceilings before this one hold together"
+        least = sum(float(group[pick]) for group, pick in zip(costs[name], picks))
+        if not _holds(least, ceilings[name]):
+            return _impossible(name, budget, least, weights, fixed, f" with {', '.join(some)} within theirs")
+    raise AssertionError("ceilings that no plan meets, yet each is met beside those before it")
 
-    sizes = [len(d) for d in distortion]
-    ends = np.cumsum(sizes)
-    objective = np.concatenate(distortion)
-    scale = float(np.abs(objective).max()) or 1.0
-    owner = np.repeat(np.arange(len(sizes)), sizes)
-    one_each = csr_array(
-        (np.ones(len(owner)), (owner, np.arange(len(owner)))), shape=(len(sizes), len(owner))
-    )
-    limits = [
-        LinearConstraint(np.concatenate(row)[None, :] / c, ub=np.array([1.0]))
-        for row, c in zip(rows, ceilings)
-    ]
-    found = milp(
-        objective / scale,
-        constraints=[LinearConstraint(one_each, lb=1.0, ub=1.0), *limits],
-        integrality=np.ones(len(owner)),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0},
-    )
-    if found.x is None:
-        raise ImpossibleBudget(f"no plan meets all ceilings of {budget} together; raise one of them")
-    return [int(np.argmax(found.x[end - size : end])) for end, size in zip(ends, sizes)]
+
+def _rounded_up(value: float) -> str:
+    """The value in four digits, rounded up."""
+    with decimal.localcontext(prec=4, rounding=decimal.ROUND_CEILING):
+        return f"{+decimal.Decimal(value):g}"

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from netweight.core.compressed import Rewrite, replace
+from netweight.core.compressed import WEIGHTED, Rewrite, replace
 from netweight.core.errors import DoesNotFit
 
 
@@ -31,9 +31,15 @@ class FoldBatchNorm:
     def apply(self, model: nn.Module) -> None:
         """Fold in place; raises `DoesNotFit` for a norm without running statistics."""
         layer, norm = model.get_submodule(self.layer), model.get_submodule(self.norm)
+        if not isinstance(layer, WEIGHTED):
+            raise DoesNotFit(f"{self.layer}: a norm cannot be folded into a {type(layer).__name__}")
         if getattr(norm, "running_var", None) is None:
             raise DoesNotFit(
                 f"{self.norm}: a norm without running statistics cannot be folded into {self.layer}"
+            )
+        if len(norm.running_var) != len(layer.weight):
+            raise DoesNotFit(
+                f"{self.norm}: {len(norm.running_var)} channels, {self.layer} has {len(layer.weight)}"
             )
         with torch.no_grad():
             weight, mean, var = layer.weight, norm.running_mean.double(), norm.running_var.double()
@@ -60,9 +66,15 @@ class Scale:
     consumers: tuple[str, ...]
     scale: Float[Tensor, " channels"]
 
+    def __post_init__(self) -> None:
+        if not bool(((self.scale > 0) & self.scale.isfinite()).all()):
+            raise ValueError(f"{self.producer}: scales are positive and finite")
+
     def apply(self, model: nn.Module) -> None:
         """Scale in place; raises `DoesNotFit` where channels do not agree."""
         producer = model.get_submodule(self.producer)
+        if getattr(producer, "weight", None) is None:
+            raise DoesNotFit(f"{self.producer}: a {type(producer).__name__} without a weight takes no scales")
         if len(producer.weight) < len(self.scale):
             raise DoesNotFit(
                 f"{self.producer}: {len(producer.weight)} channels cannot take {len(self.scale)} scales"

@@ -47,6 +47,8 @@ def take_apart(thing: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def put_together(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Any:
     """The dataclass again; raises `BadInput` if the file names another class or lacks or adds a field."""
+    if not isinstance(settings, Mapping):
+        raise BadInput(f"a stored form is described by names and values, not by {settings!r}")
     name = str(settings.get("is"))
     if name not in KNOWN:
         raise unknown("stored form", name, KNOWN)
@@ -64,5 +66,5 @@ def put_together(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> 
         raise BadInput(f"stored form {name}: it has no {', '.join(sorted(values.keys() - fields.keys()))}")
     try:
         return cls(**values)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"stored form {name}: {error}") from error

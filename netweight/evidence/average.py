@@ -121,7 +121,7 @@ def look(
         )
     if y is not None:
         seen.judged.append(torch.stack([judge.of(f, y), judge.of(g, y)], 1).double().numpy())
-    seen.apart = max(seen.apart, float((f - g).abs().max()))
+    seen.apart = float(np.maximum(seen.apart, float((f - g).abs().max())))  # keeps NaN
     if not has_classes(f, y, judge):
         return
     seen.flips.append(per_example((f.argmax(-1) != g.argmax(-1)).double()).numpy())

@@ -116,7 +116,7 @@ def stored_bits(original: nn.Module, packed: Compressed) -> tuple[float, float]:
 
 
 def bit_operations(original: nn.Module, packed: Compressed, x: Tensor) -> tuple[float, float, float]:
-    """(multiply-adds, bit operations of the original, of the compressed network) of Linear and Conv layers."""
+    """(multiply-adds, bit operations before, bit operations after) of the Linear and Conv layers, for x."""
     count = multiply_adds(original, x)
     before = after = 0.0
     for layer, macs in count.items():

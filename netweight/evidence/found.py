@@ -88,7 +88,7 @@ def search(
         parted.append(apart.hit.cpu())
         points.append(tried[-1])
     flags, apart = torch.cat(broken), torch.cat(parted)
-    table = rows(flags, apart, f"{within}, {steps} steps, {restarts} restarts", labelled=data.y is not None)
+    table = rows(flags, apart, f"{within}, steps {steps}, restarts {restarts}", labelled=data.y is not None)
     shown = described(data.x, torch.cat(points), torch.cat(classes), apart)
     return Attacked(table, flags, apart, torch.cat(points), shown)
 

@@ -101,7 +101,7 @@ def rows(
 
 
 def check(attacked: Attacked, proven: Proven) -> None:
-    """found <= possible: raises `AssertionError`, naming the example, where a proof and an attack contradict."""
+    """found <= possible: raises `AssertionError` with the example where a proof and an attack contradict."""
     n = min(len(attacked.broken), len(proven.held))
     for column, name in enumerate(("original", "compressed network")):
         refuted = attacked.broken[:n, column] & proven.held[:n, column]

@@ -1,4 +1,4 @@
-"""The nodes of an ONNX file that become layers of torch: Conv, ConvTranspose, Gemm, MatMul, BatchNormalization."""
+"""Nodes of an ONNX file that become layers: Conv, ConvTranspose, Gemm, MatMul, BatchNormalization."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netweight.models.onnx_ops import Unreadable, spread
+from netweight.models.onnx_ops import spread
+from netweight.models.onnx_shapes import Unreadable
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -35,7 +35,9 @@ def fit(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), RATE, momentum=0.9, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
-    order = torch.cat([torch.randperm(len(data), generator=generator) for _ in range(-(-STEPS * BATCH // len(data)))])
+    order = torch.cat(
+        [torch.randperm(len(data), generator=generator) for _ in range(-(-STEPS * BATCH // len(data)))]
+    )
     model.train()
     for rows in order[: STEPS * BATCH].split(BATCH):
         mirrored = torch.rand(len(rows), generator=generator) < 0.5

@@ -28,6 +28,7 @@ from netweight.core.task import Data, Task, outputs
 from netweight.report import plots, table
 
 SHOWN = 12  # examples of each kind
+IN_UNITS = {"share": (100, "%"), "seconds": (1000, "ms")}  # shown as a factor times the value, and a unit
 MEANING = {
     AVERAGE: "measured on the test data",
     FOUND: "searched for: an attack",
@@ -102,7 +103,7 @@ def tiles(rows: Sequence[Row]) -> list[dict[str, str]]:
     return [
         {
             "question": row.question,
-            "quantity": table.with_unit(row),
+            "quantity": _quantity(row),
             "before": _value(row, row.original),
             "after": _value(row, row.compressed),
         }
@@ -132,21 +133,29 @@ def layers_of(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _line(row: Row) -> dict[str, str]:
-    how = (row.method, f"n = {row.n}" if row.n else "", row.arithmetic)
+    how = (row.method, f"n = {row.n}" if row.n > 1 else "", row.arithmetic)
     return {
-        "quantity": table.with_unit(row),
+        "quantity": _quantity(row),
         "original": _value(row, row.original),
         "compressed": _value(row, row.compressed),
-        "interval": "" if math.isnan(row.low) else f"{_value(row, row.low)} to {_value(row, row.high)}",
+        "interval": ""
+        if math.isnan(row.low)
+        else f"{_value(row, row.low)} to {_value(row, row.high)}".replace(" ", "\N{NO-BREAK SPACE}"),
         "how": ", ".join(part for part in dict.fromkeys(how) if part),
     }
 
 
+def _quantity(row: Row) -> str:
+    """The quantity, with its unit where that does not stand behind the number."""
+    return row.quantity if row.unit in IN_UNITS else table.with_unit(row)
+
+
 def _value(row: Row, value: float) -> str:
-    """A share in percent, bytes with thousands apart, else four digits."""
-    if math.isfinite(value) and row.unit == "share":
-        return f"{100 * value:.4g}\N{NO-BREAK SPACE}%"
-    if math.isfinite(value) and row.unit == "bytes":
+    """A share in percent, seconds as milliseconds, thousands apart, else four digits."""
+    if math.isfinite(value) and row.unit in IN_UNITS:
+        factor, unit = IN_UNITS[row.unit]
+        return f"{factor * value:.4g}\N{NO-BREAK SPACE}{unit}"
+    if math.isfinite(value) and abs(value) >= 1e4:
         return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
     return short(value)
 
@@ -171,7 +180,7 @@ def examples(
 
 
 def found_by_attack(data: Data, evidence: Evidence) -> list[Example]:
-    """The inputs that `evidence.found` keeps: the test example beside the point on which the networks part."""
+    """What `evidence.found` keeps: test examples beside the points on which the networks part."""
     shown = []
     for item in evidence.context.get("disagreements", [])[:SHOWN]:
         index = item["example"]

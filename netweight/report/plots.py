@@ -6,6 +6,7 @@ Each function gives one `<svg>` element as a string, the same for the same input
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from netweight.core.plan import Option, Plan
 from netweight.core.result import Row
@@ -53,16 +55,19 @@ def distortion_against_cost(plan: Plan, options: Sequence[Option]) -> str:
     """Every option of every layer: bits per weight against distortion, the chosen ones ringed."""
     every = [*options] or [*plan.choices.values()]
     colours = colours_of([option.method for option in every])
+    smallest = min((option.distortion for option in every if option.distortion > 0), default=1.0)
+    floor = 10.0 ** (math.floor(math.log10(smallest)) - 1)  # where no distortion at all is drawn
     figure, axes = _figure(3.6)
     for method, colour in colours.items():
-        points = _points([option for option in every if option.method == method])
+        points = _points([option for option in every if option.method == method], floor)
         axes.scatter(*points, s=9, color=colour, alpha=0.55, linewidths=0, rasterized=len(every) > POINTS)
-    axes.scatter(*_points([*plan.choices.values()]), s=34, facecolors="none", edgecolors=INK, linewidths=1.1)
-    positive = [option.distortion for option in every if option.distortion > 0]
-    if positive:
-        axes.set_yscale("symlog", linthresh=min(positive))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.set_ylim(bottom=0)
+    axes.scatter(
+        *_points([*plan.choices.values()], floor), s=34, facecolors="none", edgecolors=INK, linewidths=1.1
+    )
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=0.6 * floor)
+    axes.yaxis.set_major_formatter(lambda value, _: "0" if value < 1.01 * floor else f"{value:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("stored bits per weight")
@@ -83,8 +88,7 @@ def answers(rows: Sequence[Row]) -> str:
     axes.scatter(before, places, s=44, facecolors="none", edgecolors=INK, linewidths=1.2, zorder=3)
     axes.scatter(after, places, s=26, color=COLOURS[0], zorder=4)
     axes.set_yticks(places, [literal(shortened(row.quantity)) for row in rows])
-    axes.invert_yaxis()
-    axes.margins(y=0.25 if len(rows) > 1 else 0.6)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(-0.02, 1.02)
     axes.set_xlabel("share of examples")
@@ -106,11 +110,11 @@ def shortened(name: str, most: int = 26) -> str:
 
 def literal(name: str) -> str:
     """The name without anything that is drawn as a formula."""
-    return name
+    return name.replace("$", r"\$")
 
 
-def _points(options: Sequence[Option]) -> tuple[list[float], list[float]]:
-    return [bits_per_weight(o.cost) for o in options], [max(o.distortion, 0.0) for o in options]
+def _points(options: Sequence[Option], floor: float) -> tuple[list[float], list[float]]:
+    return [bits_per_weight(o.cost) for o in options], [max(o.distortion, floor) for o in options]
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

@@ -91,7 +91,7 @@ def with_unit(row: Row) -> str:
     """The quantity with its unit, if that says more than the quantity."""
     return (
         f"{row.quantity} ({row.unit})"
-        if row.unit and row.unit not in ("share", row.quantity)
+        if row.unit and row.unit != "share" and row.unit not in row.quantity
         else row.quantity
     )
 

@@ -67,7 +67,12 @@ def reproduce(*, seed: int = 0, quick: bool = False) -> Claim:
     for bits in (3, 2):
         plain["rtn"].append(gap(model, rtn(model, task, layers, RTN(bits, symmetric=False, group=GROUP))))
         plain["awq"].append(gap(model, awq(model, task, layers, AWQ(bits, GROUP))))
-    figures |= {"planted kept": kept, "planted awq, Shakespeare": moved, "plain, 3 and 2 bits": plain, **speed()}
+    figures |= {
+        "planted kept": kept,
+        "planted awq, Shakespeare": moved,
+        "plain, 3 and 2 bits": plain,
+        **speed(),
+    }
     return Claim(
         [
             first,

@@ -134,7 +134,9 @@ def equalization(subject: Subject, seed: int, bits: int) -> Claim:
     model, task = subject.model, subject.task
     folded = rewritten(model, [FoldBatchNorm(*pair) for pair in foldable(model, task.calibration)])
     pairs = [site for site in sites(folded, task.calibration) if not site.norm(folded)]
-    hard = Subject(rewritten(folded, imbalance(folded, pairs, spread=1.5 if bits == 8 else 2.5, seed=seed)), task)
+    hard = Subject(
+        rewritten(folded, imbalance(folded, pairs, spread=1.5 if bits == 8 else 2.5, seed=seed)), task
+    )
     change = equalize(hard.model, task, hard.layers, Equalize(bits, symmetric=True, group=PER_TENSOR))
     found = {
         "float": hard.accuracy(),
@@ -145,7 +147,9 @@ def equalization(subject: Subject, seed: int, bits: int) -> Claim:
     lost = found["float"] - found["equalized and bias corrected"]
     bars = [
         Bar(f"planted imbalance, W{bits} per tensor: accuracy of RTN", found["RTN"], 0.3, "at most"),
-        Bar(f"planted imbalance, W{bits} per tensor: accuracy lost after equalization", lost, 0.01, "at most"),
+        Bar(
+            f"planted imbalance, W{bits} per tensor: accuracy lost after equalization", lost, 0.01, "at most"
+        ),
     ]
     return Claim(bars, {"planted imbalance": found})
 
@@ -167,7 +171,12 @@ def smoothing(seed: int, quick: bool) -> Claim:
     base = loss(hard, test)
     found = {"RTN": gap(SmoothQuant(alpha=None)), "SmoothQuant": gap(SmoothQuant())}
     recovered = 1 - found["SmoothQuant"] / found["RTN"]
-    bar = Bar("planted outliers, W8A8 static: share of the gap that SmoothQuant recovers", recovered, 0.8, "at least")
+    bar = Bar(
+        "planted outliers, W8A8 static: share of the gap that SmoothQuant recovers",
+        recovered,
+        0.8,
+        "at least",
+    )
     return Claim([bar], {"planted outliers, gap in nats": found})
 
 

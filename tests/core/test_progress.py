@@ -54,6 +54,9 @@ def test_unknown_length_and_nesting_and_a_raise_inside():
                 for _ in steps([1, 2], "inner"):
                     1 / 0  # noqa: B018
         assert list(steps([1], "after")) == [1]
+        with doing("by hand", 9) as advance:
+            advance(4)
+        assert "4/9" in stream.getvalue()
     assert list(steps([1], "outside")) == [1]
     assert "outside" not in stream.getvalue()
     assert "after" in stream.getvalue()

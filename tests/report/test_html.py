@@ -77,7 +77,7 @@ def test_everything_given_is_escaped():
 def test_numbers_and_how_they_are_known_are_there():
     text = page()
     assert "98.33\N{NO-BREAK SPACE}%" in text
-    assert "96.08\N{NO-BREAK SPACE}% to 98.88\N{NO-BREAK SPACE}%" in text
+    assert "96.08\N{NO-BREAK SPACE}%\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}98.88\N{NO-BREAK SPACE}%" in text
     assert "counted, n = 540, float32" in text
     assert "proven: holds for every point of the set" in text
     assert "2 in all, the first 1 shown" in text
@@ -91,7 +91,11 @@ def test_an_empty_comparison_still_is_a_page():
     size = Row("cost", "file size", 120000, 17200, NAN, NAN, 0, "counted", "counted", "bytes")
     text = html.render(Evidence([size]), Plan(), [], [])
     assert "17\N{NARROW NO-BREAK SPACE}200" in text
+    assert "file size (bytes)" in text
+    assert "n = 0" not in text
     assert "nan" not in text
+    latency = Row("cost", "latency", 0.0123, 0.5, NAN, NAN, 50, "timed", "measured", "seconds")
+    assert "12.3\N{NO-BREAK SPACE}ms" in html.render(Evidence([latency]), Plan(), [], [])
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 4, 6)])

@@ -54,7 +54,7 @@ def test_a_plan_names_every_layer_in_80_columns(names, bits):
     assert all(len(line) <= 80 for line in text.splitlines())
     assert text.count("rtn(bits=4") >= len(names)
     if names:
-        assert f"{bits:.3g}" in text
+        assert text.count(f"{bits:.3g}") >= len(names) + 1
     if len(names) == 1:
         assert squeezed(names[0])[:6] in squeezed(text)
 
@@ -63,7 +63,7 @@ def test_the_catalogue_shows_every_slug_in_one_piece():
     lines = [
         {
             "slug": s.slug,
-            "title": s.title,
+            "title": s.title * 5,
             "venue": s.venue,
             "year": s.year,
             "room": s.room,

@@ -27,7 +27,7 @@ def runs(monkeypatch, tmp_path):
         ran.append((seed, quick, os.environ.get("NETWEIGHT_DATA")))
         if module.stop_at == seed:
             raise KeyboardInterrupt
-        bars = [Bar("error", MEASURED[seed], 0.3, "at most"), Bar("gain", math.inf, 2.0, "at least")]
+        bars = [Bar("error", MEASURED[seed], 0.3, "at most"), Bar("gain | loss", math.inf, 2.0, "at least")]
         return Claim(bars, {"curve": [seed, math.nan]})
 
     module.reproduce, module.stop_at = reproduce, None
@@ -62,6 +62,7 @@ def test_a_full_run_takes_the_mean_and_is_recorded(runs):
     text = (runs.results.parent / "RESULTS.md").read_text()
     assert "## fake: Fake (ICML, 2020)" in text
     assert "| error | 0.3 ± 0.1 | at most 0.3 |" in text
+    assert r"| gain \| loss | inf ± - | at least 2 | yes |" in text
     assert harness.state(runs.system, runs.results) == f"{1 + error.passed} of 2 bars reached"
 
 
