@@ -127,12 +127,12 @@ def check_compressor(
     check_agree(change, method(model, task.blind(), layers, settings))
     check_layers(change, layers)
     check_layers(method(model, task.blind(), layers[1:], settings), layers[1:])
-    small = assemble(model, change, Plan())
     rewritten = copy.deepcopy(model)
     for rewrite in change.rewrites:
         rewrite.apply(rewritten)
     for layer, form in change.packed.items():
         check_form(form, weight_of(rewritten, layer), layer)
+    small = assemble(model, change, Plan())
     check_rest(small, rewritten)
     check_runs(small, model, task.calibration)
     check_saved(small, model, task.calibration)
@@ -167,6 +167,7 @@ def check_agree(a: Change, b: Change) -> None:
     law = "two runs agree"
     assert a.packed.keys() == b.packed.keys() and a.activations.keys() == b.activations.keys(), law
     assert len(a.rewrites) == len(b.rewrites) and dict(a.left) == dict(b.left), law
+    assert _all_identical(a.biases, b.biases), law
     pairs = [(a.packed[layer], b.packed[layer]) for layer in a.packed]
     pairs += [(a.activations[layer], b.activations[layer]) for layer in a.activations]
     for one, other in [*pairs, *zip(a.rewrites, b.rewrites)]:
@@ -179,13 +180,14 @@ def check_layers(change: Change, layers: Sequence[str]) -> None:
     asked, packed, left = set(layers), set(change.packed), set(change.left)
     assert packed | left == asked and not packed & left, "exactly the layers asked for are packed or left"
     assert set(change.activations) <= asked, "only inputs of the layers asked for are rounded"
+    assert set(change.biases) <= asked, "only biases of the layers asked for are changed"
     assert all(change.left.values()), "a layer that is left has a reason"
 
 
 def check_form(form: Packed, weight: Tensor, layer: str = "weight") -> None:
     """The laws of a stored form of that weight."""
-    decoded = form.decode()
     assert isinstance(form, Packed), f"{layer}: a form decodes, counts bits, projects and makes a layer"
+    decoded = form.decode()
     assert decoded.shape == weight.shape and decoded.dtype == weight.dtype, (
         f"{layer}: shape and dtype are kept"
     )
@@ -217,7 +219,9 @@ def check_rest(small: Compressed, rewritten: nn.Module) -> None:
         owner, _, last = name.rpartition(".")
         if owner in small.change.activations:
             name = f"{owner}.layer.{last}"
-        if last != "weight" or owner not in small.packed:
+        if not (
+            last == "weight" and owner in small.packed or last == "bias" and owner in small.change.biases
+        ):
             assert name in plain and _identical(plain[name], tensor), "the rest of the network is untouched"
 
 

@@ -30,6 +30,7 @@ def compress(
     """Make MODEL as small as a budget says; show what that broke."""
     from netweight import pipeline
     from netweight.core.plan import Budget
+    from netweight.planning import float_bytes
     from netweight.report import table
 
     ceilings, inside = Budget.parse(budget), common.perturbation(within)
@@ -40,7 +41,7 @@ def compress(
         found = pipeline.compare(original, small, task, within=inside, thorough=thorough, seed=seed)
         if out is not None:
             pipeline.write(out, original, small, found, task)
-    missed = over_budget(ceilings.in_bytes(pipeline.float_bytes(original)), found, out)
+    missed = over_budget(ceilings.in_bytes(float_bytes(original)), found, out)
     content = {
         "missed": missed,
         "out": None if out is None else str(out),

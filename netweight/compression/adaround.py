@@ -115,8 +115,7 @@ def learnt(
         soft = (torch.clamp(ratio.floor() + h, low, high) * scale).reshape(weight.shape).to(weight.dtype)
         error = (run(module, x[rows], soft) - y[rows]).pow(2).sum(axis).mean()
         loss = error + settings.weight * undecided(h, step / settings.steps)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (V.grad,) = torch.autograd.grad(loss, [V])  # of V alone: the module's own parameters stay untouched
         optimizer.step()
     return share(V.detach()) >= 0.5
 

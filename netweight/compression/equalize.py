@@ -76,17 +76,22 @@ def equalized(model: nn.Module, data: Data, layers: Sequence[str], rounds: int =
         for site in sites(net, data)
         if not site.norm(net) and {site.producer, *site.consumers} <= set(layers)
     ]
-    total = [torch.ones(len(weight_of(net, site.producer)), dtype=torch.float64) for site in pairs]
+    return [*folds, *balanced(net, pairs, rounds)]
+
+
+def balanced(net: nn.Module, pairs: Sequence[Site], rounds: int) -> list[Scale]:
+    """One scale per pair, after which both sides of each have equal ranges; `net` is changed in place."""
+    total = [torch.ones(len(weight_of(net, pair.producer)), dtype=torch.float64) for pair in pairs]
     for _ in range(rounds):
         moved = 0.0
-        for site, product in zip(pairs, total):
-            scale = balance(net, site)
-            Scale(site.producer, site.consumers, scale).apply(net)
+        for pair, product in zip(pairs, total):
+            scale = balance(net, pair)
+            Scale(pair.producer, pair.consumers, scale).apply(net)
             product *= scale
             moved = max(moved, float(scale.log().abs().max()))
         if moved < STILL:
             break
-    return [*folds, *(Scale(p.producer, p.consumers, s.float()) for p, s in zip(pairs, total))]
+    return [Scale(pair.producer, pair.consumers, s.float()) for pair, s in zip(pairs, total)]
 
 
 def balance(net: nn.Module, site: Site) -> Float[Tensor, " channels"]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from netweight.core import io
-from netweight.core.errors import BadInput, unknown
+from netweight.core.errors import BadInput, NetweightError, unknown
 from netweight.core.origin import Origin, build, mark, origin_of
 from netweight.core.plan import Plan
 from netweight.core.stored import put_together, take_apart
@@ -149,7 +150,7 @@ def assemble(model: nn.Module, change: Change, plan: Plan) -> Compressed:
     for rewrite in change.rewrites:
         rewrite.apply(small)
     for name, bias in change.biases.items():
-        small.get_submodule(name).bias = nn.Parameter(bias.to(weight_of(small, name)))
+        small.get_submodule(name).bias = nn.Parameter(bias.to(weight_of(small, name)).clone())
     for name, form in change.packed.items():
         replace(small, name, form.layer(small.get_submodule(name)))
     for name, rounding in change.activations.items():
@@ -231,13 +232,15 @@ class Compressed:
         tensors: dict[str, Tensor] = {}
         for file in sorted(folder.glob("weights*.safetensors")):
             tensors.update(io.read_tensors(file, "packed weights"))
-        change = _read_change(head, tensors)
-        if like is None:
-            model, origin = _build(folder, head)
-            mark(model, origin)
-        else:
-            model = like
-        small = assemble(model, change, Plan.from_json(io.read_json(folder / "plan.json", "a plan")))
+        plan = Plan.from_json(io.read_json(folder / "plan.json", "a plan"))
+        with _said_in_one_sentence(folder):
+            change = _read_change(head, tensors)
+            if like is None:
+                model, origin = _build(folder, head)
+                mark(model, origin)
+            else:
+                model = like
+            small = assemble(model, change, plan)
         _fill(small, {k: v for k, v in tensors.items() if "|" not in k}, folder)
         return small
 
@@ -269,6 +272,20 @@ def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         seen[key] = name
         kept[name] = tensor
     return kept
+
+
+@contextmanager
+def _said_in_one_sentence(folder: Path) -> Iterator[None]:
+    """A description that cannot be carried out raises `BadInput`, whatever it trips over."""
+    try:
+        yield
+    except NetweightError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BadInput(
+            f"{folder}: what it describes does not fit the network ({reason}); give the network it was made of"
+        ) from error
 
 
 def _read_change(head: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Change:

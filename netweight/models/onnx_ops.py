@@ -124,6 +124,11 @@ def dequantize(a: Settings, codes: Tensor, scale: Tensor, zero: Tensor | None = 
     return (codes.to(scale.dtype) - (0 if zero is None else zero.to(scale.dtype))) * scale
 
 
+def trilu(a: Settings, x: Tensor, diagonal: int | None = None) -> Tensor:
+    """The upper or lower triangle."""
+    return torch.triu(x, diagonal or 0) if a.get("upper", 1) else torch.tril(x, diagonal or 0)
+
+
 # Layers ----------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +216,7 @@ STATIC: Mapping[str, tuple[int, ...]] = {
     "Pad": (1, 2, 3),
     "Clip": (1, 2),
     "ConstantOfShape": (0,),
+    "Trilu": (1,),
 }
 LOOSE = frozenset(
     ["Gather", "Pow"]
@@ -300,6 +306,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Tanh": of(torch.tanh),
     "Tile": tile,
     "Transpose": transpose,
+    "Trilu": trilu,
     "Unsqueeze": unsqueeze,
     "Where": of(torch.where),
 }

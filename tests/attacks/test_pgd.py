@@ -37,7 +37,9 @@ def test_a_linear_network_is_broken_exactly_where_it_can_be(within):
     assert within.contains(found.points, x).all()
     assert torch.equal(found.hit, model(found.points).argmax(1) != y)
     clear = worst.abs() > 0.02
-    assert torch.equal(found.hit[clear], (worst > 0)[clear]) and clear.sum() > 30 and 10 <= found.hit.sum() <= 30
+    assert (
+        torch.equal(found.hit[clear], (worst > 0)[clear]) and clear.sum() > 30 and 10 <= found.hit.sum() <= 30
+    )
     assert found.hit[:5].all() and torch.equal(found.points[:5], x[:5])  # wrong before anything moved
     held = ~found.hit
     reached = margin(model(found.points), y)[held]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,7 @@ def test_compress_writes_the_whole_folder(small):
         path.name for path in out.iterdir()
     }
     assert said["out"] == str(out)
+    assert said["missed"] == []
     assert said["evidence"] == json.loads((out / "evidence.json").read_text())
     choices = said["plan"]["choices"]
     assert choices == json.loads((out / "plan.json").read_text())["choices"]
@@ -94,6 +96,27 @@ def test_compress_writes_the_whole_folder(small):
     page = (out / "report.html").read_text()
     assert page.count("<svg") == 3
     assert all(c["layer"] in page for c in choices)
+
+
+def test_a_budget_that_is_missed_is_named_with_exit_code_1(monkeypatch, tmp_path):
+    from netweight import pipeline
+
+    measured = pipeline.compare
+
+    def heavier(*args, **options):
+        found = measured(*args, **options)
+        found.rows = [
+            replace(row, compressed=6.5) if row.quantity == "stored bits per weight" else row
+            for row in found.rows
+        ]
+        return found
+
+    monkeypatch.setattr(pipeline, "compare", heavier)
+    options = ("--method", "rtn", "--out", tmp_path / "small")
+    code, _, err = call("compress", "digits-cnn", *DIGITS, "--budget", "bits=6,size=40%", *options)
+    assert code == 1
+    assert "the budget bits=6 is missed" in err
+    assert "size" not in err
 
 
 def test_compare_agrees_with_compress_and_says_it_in_80_columns(small, tmp_path):

@@ -43,7 +43,10 @@ def exactly_inside(ball, s, x):
         eps = Fraction(ball.eps)
         near = {Linf: lambda m, e: max(m) <= e, L1: lambda m, e: sum(m) <= e}.get(type(ball))
         inside = near(moved, eps) if near else sum(m * m for m in moved) <= eps * eps
-        low, high = (-math.inf if ball.low is None else ball.low), (math.inf if ball.high is None else ball.high)
+        low, high = (
+            (-math.inf if ball.low is None else ball.low),
+            (math.inf if ball.high is None else ball.high),
+        )
         verdicts.append(inside and all(low <= a <= high for a in u))
     return verdicts
 
@@ -108,10 +111,14 @@ def test_support_is_reached_at_the_point_it_is_named_for(kind):
     best = {Linf: slope.sign(), L2: slope / slope.norm(dim=1, keepdim=True), L1: spike}[kind]
     reached = (slope * (x + 0.3 * best)).sum(1)
     assert torch.allclose(kind(0.3).support(a, x)[:, 0], reached, atol=1e-5)
-    assert torch.allclose((kind(0.3).steepest(slope, x) * slope).sum(1), 0.3 * (slope * best).sum(1), atol=1e-5)
+    assert torch.allclose(
+        (kind(0.3).steepest(slope, x) * slope).sum(1), 0.3 * (slope * best).sum(1), atol=1e-5
+    )
     cut = kind(0.3, -0.5, 0.5)
     near = x.clamp(-0.5, 0.5)
-    assert (cut.support(a, near) <= torch.maximum(slope * -0.5, slope * 0.5).sum(1, keepdim=True) + 1e-5).all()
+    assert (
+        cut.support(a, near) <= torch.maximum(slope * -0.5, slope * 0.5).sum(1, keepdim=True) + 1e-5
+    ).all()
 
 
 @given(seed=st.integers(0, 2**16), eps=st.floats(0.05, 3))
@@ -176,7 +183,10 @@ def test_box_is_its_bounds_in_every_dtype():
 
 
 @given(
-    bits=st.integers(2, 8), symmetric=st.booleans(), group=st.sampled_from([-1, 0, 4]), seed=st.integers(0, 2**16)
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    group=st.sampled_from([-1, 0, 4]),
+    seed=st.integers(0, 2**16),
 )
 @settings(max_examples=60, deadline=None)
 def test_rounding_holds_what_rounds_to_the_same_codes(bits, symmetric, group, seed):
@@ -266,7 +276,9 @@ def test_edge_flips_by_enumeration(k, seed):
     graphs = torch.stack(reached)
     best = (graphs[:, None] * a[0]).sum((2, 3)).amax(0)
     assert torch.allclose(flips.support(a, x)[0], best, atol=1e-5)
-    assert (flips.support(a, x)[0].double() >= (graphs[:, None].double() * a[0].double()).sum((2, 3)).amax(0)).all()
+    assert (
+        flips.support(a, x)[0].double() >= (graphs[:, None].double() * a[0].double()).sum((2, 3)).amax(0)
+    ).all()
     lower, upper = flips.corners(x)
     assert torch.equal(lower[0], graphs.amin(0)) and torch.equal(upper[0], graphs.amax(0))
     assert all(flips.contains(graph[None], x).item() for graph in graphs)
@@ -297,7 +309,11 @@ def test_sets_from_words():
     assert parse("linf=2/255") == Linf(2 / 255) and parse("weightlinf=0.1") == WeightLinf(0.1)
     assert parse("rounding") == Rounding() and parse("rounding=3") == Rounding(3)
     assert parse("bitflips=3") == BitFlips(3) and parse("edgeflips=2") == EdgeFlips(2)
-    assert str(Linf(0.01, 0.0, 1.0)) == "linf=0.01" and str(BitFlips(3)) == "bitflips=3" and str(Box(0, 1)) == "box"
+    assert (
+        str(Linf(0.01, 0.0, 1.0)) == "linf=0.01"
+        and str(BitFlips(3)) == "bitflips=3"
+        and str(Box(0, 1)) == "box"
+    )
     for text in ("linf=0.01", "l2=0.5", "l1=3", "weightlinf=0.1", "rounding=4", "bitflips=3", "edgeflips=2"):
         assert isinstance(parse(text), Perturbation) and str(parse(text)) == text
 
@@ -327,7 +343,9 @@ def test_the_valid_range_cuts_sets_of_inputs_alone():
     assert with_range(Linf(0.1), 0.0, 1.0) == Linf(0.1, 0.0, 1.0)
     assert with_range(L2(0.1, 0.2, 0.8), 0.0, 0.5) == L2(0.1, 0.2, 0.5)
     assert with_range(L1(0.1, 0.2), None, None) == L1(0.1, 0.2)
-    assert with_range(BitFlips(1), 0.0, 1.0) == BitFlips(1) and with_range(WeightLinf(1.0), 0, 1) == WeightLinf(1.0)
+    assert with_range(BitFlips(1), 0.0, 1.0) == BitFlips(1) and with_range(
+        WeightLinf(1.0), 0, 1
+    ) == WeightLinf(1.0)
     cut = with_range(Box(-1.0, torch.tensor([0.5, 2.0])), 0.0, 1.0)
     assert cut.corners(torch.zeros(1, 2))[0].tolist() == [[0, 0]]
     assert cut.corners(torch.zeros(1, 2))[1].tolist() == [[0.5, 1]]
@@ -362,7 +380,9 @@ def test_ascent_stops_where_it_has_reached_and_keeps_the_best_elsewhere():
 
     found = ascend(score, x, Linf(0.1), steps=20, restarts=1, seed=0)
     assert found.hit.tolist() == [False, True, False]
-    assert asked[0] == asked[1] == [0, 1, 2] and all(rows == [0, 2] for rows in asked[2:]) and len(asked) == 22
+    assert (
+        asked[0] == asked[1] == [0, 1, 2] and all(rows == [0, 2] for rows in asked[2:]) and len(asked) == 22
+    )
     assert (found.points[[0, 2], 0] - 0.05).abs().max() < 0.01
     assert torch.equal(ascend(score, x, Linf(0.1), steps=20, restarts=0, seed=0).points, x)
     with pytest.raises(DoesNotFit, match="bitflips=1 is no set of inputs"):

@@ -10,32 +10,36 @@ from netweight.core.compressed import weight_of
 from netweight.core.errors import DoesNotFit
 from netweight.core.plant import Mixing, imbalance, mixing, outliers
 from netweight.core.rewrite import residual, rewritten
-from netweight.core.sites import sites
+from netweight.core.sites import Site, sites
 from netweight.testing import tiny_model, tiny_task
 
 
+MODEL, DATA = tiny_model(), tiny_task().calibration
+
+
+@pytest.fixture(scope="module")
+def places() -> list[Site]:
+    return sites(MODEL, DATA)
+
+
 @given(seed=st.integers(0, 2**16), factor=st.sampled_from([3.0, 16.0, 0.1]))
-def test_the_function_stays(seed, factor):
-    model, data = tiny_model(), tiny_task().calibration
-    plants = outliers(model, sites(model, data), factor=factor, share=0.2, seed=seed)
-    plants += imbalance(model, sites(model, data), spread=1.5, seed=seed)
-    assert residual(model, plants, data.x[:4]) <= 1e-9
+def test_the_function_stays(places, seed, factor):
+    plants = outliers(MODEL, places, factor=factor, share=0.2, seed=seed)
+    plants += imbalance(MODEL, places, spread=1.5, seed=seed)
+    assert residual(MODEL, plants, DATA.x[:4]) <= 1e-9
 
 
-def test_outliers_are_as_many_and_as_large_as_asked():
-    model, data = tiny_model(), tiny_task().calibration
-    site = sites(model, data)[0]
-    (plant,) = outliers(model, [site], factor=16, share=0.25)
-    hard = rewritten(model, [plant])
-    ratio = hard.get_submodule(site.producer).weight / model.get_submodule(site.producer).weight
+def test_outliers_are_as_many_and_as_large_as_asked(places):
+    (plant,) = outliers(MODEL, places[:1], factor=16, share=0.25)
+    norm = places[0].producer
+    ratio = weight_of(rewritten(MODEL, [plant]), norm) / weight_of(MODEL, norm)
     assert sorted(ratio.tolist()) == pytest.approx([1.0] * 12 + [16.0] * 4)
-    assert not torch.equal(outliers(model, [site], seed=1)[0].scale, outliers(model, [site], seed=2)[0].scale)
+    scales = [outliers(MODEL, places[:1], seed=seed)[0].scale for seed in (1, 2)]
+    assert not torch.equal(*scales)
 
 
 def test_imbalance_has_the_spread():
     model = nn.Sequential(nn.Linear(4, 4000), nn.ReLU(), nn.Linear(4000, 2))
-    from netweight.core.sites import Site
-
     (plant,) = imbalance(model, [Site("0", ("2",))], spread=1.5)
     assert plant.scale.log().std().item() == pytest.approx(1.5, rel=0.05)
 

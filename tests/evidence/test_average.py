@@ -11,7 +11,14 @@ from netweight.core.errors import BadInput
 from netweight.core.intervals import clopper_pearson, paired_difference, upper_bound
 from netweight.core.result import AVERAGE, Evidence
 from netweight.core.task import METRICS, Data, Task, outputs
-from netweight.evidence.average import accuracy, calibration_error, confidence_bins, divergence, measure, scores
+from netweight.evidence.average import (
+    accuracy,
+    calibration_error,
+    confidence_bins,
+    divergence,
+    measure,
+    scores,
+)
 
 
 class Given(nn.Module):
@@ -48,7 +55,9 @@ def test_shares_by_hand():
     assert (row.original, row.compressed, row.unit) == (7 / 8, 6 / 8, "share")
     assert (row.low, row.high) == clopper_pearson(6, 8)
     row = rows["accuracy change"]
-    assert (row.original, row.compressed) == (0.0, -1 / 8) and (row.low, row.high) == paired_difference(1, 2, 8)
+    assert (row.original, row.compressed) == (0.0, -1 / 8) and (row.low, row.high) == paired_difference(
+        1, 2, 8
+    )
     row = rows["flipped predictions"]
     assert (row.original, row.compressed) == (0.0, 3 / 8) and (row.low, row.high) == clopper_pearson(3, 8)
     assert rows["flipped at most, 99% sure"].compressed == upper_bound(3, 8, 0.99)
@@ -66,7 +75,10 @@ def test_the_same_network_twice_differs_in_nothing():
     table = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
     found = measure(Given(table), Given(table), task_of(numbered(20, table.argmax(1))))
     rows = Evidence(found.rows)
-    assert found.flipped == [] and rows["divergence"].compressed == rows["largest output difference"].compressed == 0
+    assert (
+        found.flipped == []
+        and rows["divergence"].compressed == rows["largest output difference"].compressed == 0
+    )
     assert rows["accuracy change"].low < 0 < rows["accuracy change"].high  # twenty examples prove little
 
 
@@ -107,7 +119,9 @@ def test_numbers_have_no_classes():
     found = measure(Given(target + 1.0), Given(target + 2.0), task_of(numbered(9, target), "mse"))
     assert [row.quantity for row in found.rows] == ["mse", "mse change", "largest output difference"]
     rows = Evidence(found.rows)
-    assert rows["mse"].original == pytest.approx(1.0, rel=1e-5) and rows["mse"].compressed == pytest.approx(4.0, rel=1e-5)
+    assert rows["mse"].original == pytest.approx(1.0, rel=1e-5) and rows["mse"].compressed == pytest.approx(
+        4.0, rel=1e-5
+    )
     assert rows["mse change"].low == pytest.approx(3.0, rel=1e-4) and found.flipped == []
 
 
@@ -119,7 +133,9 @@ def test_without_labels_the_networks_are_held_against_each_other():
 
 
 def test_one_example_proves_nothing():
-    rows = Evidence(measure(Given(onehot(0)), Given(onehot(0)), task_of(numbered(1, torch.tensor([0])), "loss")).rows)
+    rows = Evidence(
+        measure(Given(onehot(0)), Given(onehot(0)), task_of(numbered(1, torch.tensor([0])), "loss")).rows
+    )
     assert (rows["loss"].low, rows["loss"].high) == (-math.inf, math.inf)
     assert (rows["loss change"].low, rows["loss change"].high) == (-math.inf, math.inf)
 
@@ -127,8 +143,12 @@ def test_one_example_proves_nothing():
 def test_nan_outputs_are_shown_and_not_swallowed():
     broken = onehot(0, 1, 2)
     broken[1] = math.nan
-    rows = Evidence(measure(Given(onehot(0, 1, 2)), Given(broken), task_of(numbered(3, torch.tensor([0, 1, 2])))).rows)
-    assert math.isnan(rows["largest output difference"].compressed) and math.isnan(rows["divergence"].compressed)
+    rows = Evidence(
+        measure(Given(onehot(0, 1, 2)), Given(broken), task_of(numbered(3, torch.tensor([0, 1, 2])))).rows
+    )
+    assert math.isnan(rows["largest output difference"].compressed) and math.isnan(
+        rows["divergence"].compressed
+    )
 
 
 def test_calibration_error_by_definition():

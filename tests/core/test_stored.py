@@ -1,0 +1,107 @@
+"""Frozen dataclasses as tensors and JSON: exact both ways; hostile descriptions are one sentence."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from netweight.compression.nm_magnitude import encode as keep_n_of_m
+from netweight.compression.rtn import RTN
+from netweight.compression.rtn import encode as round_to_nearest
+from netweight.core import stored
+from netweight.core.errors import BadInput, NetweightError
+from netweight.core.rewrite import FoldBatchNorm, Scale
+from netweight.core.stored import put_together, take_apart
+from netweight.nn.fake import DynamicRounding, StaticRounding
+from netweight.nn.packed import Dense, Sparse
+
+WEIGHT = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+THINGS = [
+    round_to_nearest(WEIGHT, RTN(3)),
+    round_to_nearest(WEIGHT.double(), RTN(8, symmetric=True, group=4)),
+    keep_n_of_m(WEIGHT.half(), 2, 4),
+    Sparse.of(WEIGHT, WEIGHT > 0),
+    Dense(WEIGHT.half()),
+    StaticRounding.of(-1.0, 2.0, 6),
+    DynamicRounding(4),
+    FoldBatchNorm("conv", "norm"),
+    Scale("norm", ("query", "key"), torch.rand(4) + 0.1),
+]
+
+
+@pytest.mark.parametrize("thing", THINGS, ids=lambda t: type(t).__name__)
+def test_every_known_class_survives_json_and_tensors(thing):
+    tensors, settings = take_apart(thing)
+    again = put_together(tensors, json.loads(json.dumps(settings)))
+    assert type(again) is type(thing)
+    other, plain = take_apart(again)
+    assert plain == settings and settings["is"] == type(thing).__name__ and other.keys() == tensors.keys()
+    assert all(torch.equal(other[name], tensors[name]) for name in tensors)
+    assert {type(t).__name__ for t in THINGS} == set(stored.KNOWN)
+
+
+@dataclass(frozen=True)
+class Pair:
+    left: Dense
+    right: Dense
+    name: str
+
+
+def test_nested_forms(monkeypatch):
+    monkeypatch.setitem(stored.KNOWN, "Pair", __name__)
+    real = stored.importlib.import_module
+    here = type("here", (), {"Pair": Pair})
+    monkeypatch.setattr(
+        stored.importlib, "import_module", lambda name: here if name == __name__ else real(name)
+    )
+    tensors, settings = take_apart(Pair(Dense(WEIGHT), Dense(WEIGHT.half()), "twins"))
+    assert sorted(tensors) == ["left.values", "right.values"]
+    again = put_together(tensors, json.loads(json.dumps(settings)))
+    assert torch.equal(again.right.values, WEIGHT.half()) and again.name == "twins"
+
+
+def refused(tensors, settings):
+    with pytest.raises(BadInput) as error:
+        put_together(tensors, settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_cannot_name_other_code_or_other_fields():
+    tensors, settings = take_apart(THINGS[0])
+    refused(tensors, {**settings, "is": "os.system"})
+    refused(tensors, {k: v for k, v in settings.items() if k != "is"})
+    refused(tensors, {**settings, "extra": 1})
+    refused({**tensors, "extra": WEIGHT}, settings)
+    refused({k: v for k, v in tensors.items() if k != "scale"}, settings)
+    refused(tensors, {k: v for k, v in settings.items() if k != "shape"})
+    for nonsense in (None, 3, "Affine", ["Affine"]):
+        refused(tensors, nonsense)
+
+
+VALUES = st.none() | st.integers(-3, 2**70) | st.text(max_size=3) | st.lists(st.integers(-2, 9), max_size=3)
+VALUES |= st.floats() | st.booleans()
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(thing=st.sampled_from(THINGS[:5]), data=st.data())
+def test_whatever_a_file_says_it_is_a_sound_form_or_one_sentence(thing, data):
+    tensors, said = take_apart(thing)
+    tensors, said = dict(tensors), dict(said)
+    key = data.draw(st.sampled_from([*tensors, *said]))
+    if key in tensors:
+        t = tensors[key]
+        tensors[key] = data.draw(
+            st.sampled_from(
+                [t[:-1], t.reshape(-1), t[..., None], t.double(), t.to(torch.int32), t[:0], t.bool()]
+            )
+        )
+    else:
+        said[key] = data.draw(VALUES)
+    try:
+        form = put_together(tensors, said)
+    except NetweightError:
+        return
+    assert form.decode().numel() <= 64 and form.bits() >= 0
