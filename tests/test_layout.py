@@ -11,8 +11,10 @@ import pytest
 import netweight
 from netweight.core import catalogue
 from netweight.core.catalogue import SYSTEMS, System
-from netweight.core.errors import BadInput
+from netweight.core.compressed import weighted
+from netweight.core.errors import BadInput, DoesNotFit
 from netweight.core.origin import named
+from netweight.testing import tiny_model, tiny_task
 
 PACKAGE = Path(netweight.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -34,10 +36,12 @@ def test_unknown_names_get_the_nearest_as_a_hint():
     with pytest.raises(BadInput, match="did you mean 'attacks'"):
         catalogue.of_room("atacks")
     with pytest.raises(
-        BadInput, match="'gptq' has no reproduction of its own; it is measured in 'quantization-survey'"
+        BadInput, match="'rtn' has no reproduction of its own; it is measured in 'quantization-survey'"
     ):
-        catalogue.reproduction("gptq")
-    with pytest.raises(BadInput, match="'pgd' has no reproduction of its own; reproductions are: awq, quant"):
+        catalogue.reproduction("rtn")
+    with pytest.raises(
+        BadInput, match="'pgd' has no reproduction of its own; reproductions are: gptq, awq, quant"
+    ):
         catalogue.reproduction("pgd")
     with pytest.raises(BadInput, match="'pgd' has no settings to call"):
         catalogue.settings("pgd")
@@ -66,6 +70,19 @@ def test_settings_are_frozen_plain_values_and_the_method_takes_them(system):
         "layers",
         "settings",
     ]
+
+
+def test_a_method_that_changes_more_than_one_layer_says_so():
+    task = tiny_task()
+    for system in (s for s in SYSTEMS if s.settings):
+        model = tiny_model()
+        settings = catalogue.settings(system.slug)()
+        try:
+            change = catalogue.method(system.slug)(model, task.blind(), weighted(model), settings)
+        except DoesNotFit:
+            continue
+        more = bool(change.rewrites or change.activations or getattr(change, "biases", None))
+        assert not more or "whole network" in system.tags, system.slug
 
 
 @pytest.mark.parametrize("module", sorted({s.reproduction for s in SYSTEMS if s.reproduction}))

@@ -16,7 +16,7 @@ class.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from netweight.core.errors import DoesNotFit
@@ -26,7 +26,7 @@ from netweight.core.perturbation import Found, Perturbation, ascend
 def disagree(
     original: nn.Module,
     compressed: nn.Module,
-    x: Float[Tensor, "b *in"],
+    x: Num[Tensor, "b *in"],
     within: Perturbation,
     *,
     steps: int = 40,
@@ -43,8 +43,9 @@ def disagree(
         raise DoesNotFit(
             "disagree moves inputs by small amounts, but these are whole numbers; attack embeddings"
         )
-    modes = original.training, compressed.training
-    original.eval(), compressed.eval()
+    modes = [(network, network.training) for network in (original, compressed)]
+    for network, _ in modes:
+        network.eval()
     try:
         x = x.to(next((p.device for p in original.parameters()), x.device))
         with torch.no_grad():
@@ -63,7 +64,8 @@ def disagree(
 
         return ascend(score, x, within, steps=steps, restarts=restarts, seed=seed)
     finally:
-        original.train(modes[0]), compressed.train(modes[1])
+        for network, was_training in modes:
+            network.train(was_training)
 
 
 def lead(scores: Float[Tensor, "b classes"], c: Int[Tensor, " b"]) -> Float[Tensor, " b"]:

@@ -18,7 +18,7 @@ the network is sure (Carlini and Wagner 2017, arXiv:1608.04644); steps shrink; w
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
 from netweight.core.errors import DoesNotFit
@@ -27,7 +27,7 @@ from netweight.core.perturbation import Found, Perturbation, ascend
 
 def pgd(
     model: nn.Module,
-    x: Float[Tensor, "b *in"],
+    x: Num[Tensor, "b *in"],
     y: Int[Tensor, " b"] | None,
     within: Perturbation,
     *,

@@ -24,7 +24,7 @@ def export(
         str | None, typer.Option(metavar="MODEL", help="The original, where DIR cannot say how it is built.")
     ] = None,
     json: common.Json = False,
-) -> None:
+) -> bool:
     """Write a compressed network for another runtime, and check it."""
     from netweight import pipeline
     from netweight.deployment import onnx
@@ -38,3 +38,4 @@ def export(
         made = onnx.export(small, path, example)
     content = {"path": str(path), "bytes": path.stat().st_size, **vars(made)}
     common.answer(content, lambda: common.lines(content), as_json=json)
+    return made.same

@@ -1,15 +1,18 @@
 """AdaRound: whether each weight goes up or down is learnt on the output of its layer.
 
-Paper: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020, arXiv:2004.10568.
+Paper: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", ICML 2020,
+arXiv:2004.10568.
 
     W' = s (clip(floor(W / s) + h(V) + z, ..) - z),    h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1),
     loss = sum over outputs of (y' - y)^2, mean over positions + lambda sum (1 - |2 h(V) - 1|^beta),
 
-V starts where h(V) = W / s - floor(W / s), so that W' = W; the second term is off for the first fifth of the steps,
-then beta falls from 20 to 2 along half a cosine; in the end h >= 1/2 goes up. Layer by layer in the order given: y
-is of the float network, the input of y' of the network rounded so far, so that later layers make up for earlier ones.
+V starts where h(V) = W / s - floor(W / s), so that W' = W; the second term is off for the first fifth of the
+steps, then beta falls from 20 to 2 along half a cosine; in the end h >= 1/2 goes up. Layer by layer in the
+order given: y is of the float network, the input of y' of the network rounded so far, so that later layers
+make up for earlier ones.
 
-Differs from the paper: 500 steps at rate 1e-2 in place of 10,000 at 1e-3; no activation function after the output.
+Differs from the paper: 500 steps at rate 1e-2 in place of 10,000 at 1e-3; no activation function after the
+output.
 """
 
 from __future__ import annotations
@@ -40,8 +43,8 @@ BETA_START, BETA_END = 20.0, 2.0
 class AdaRound:
     """Settings of `adaround`.
 
-    bits, symmetric, group: of the grid. steps, rate, batch: of Adam, in examples. weight: lambda. seed: of the batches.
-    examples: of the calibration data, at most.
+    bits, symmetric, group: of the grid. steps, rate, batch: of Adam, in examples. weight: lambda. seed: of
+    the batches. examples: of the calibration data, at most.
     """
 
     bits: int = 4

@@ -1,26 +1,27 @@
 """AWQ: input channels that carry most are scaled up before rounding, and the scales are folded away.
 
-Paper: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", MLSys 2024,
-arXiv:2306.00978.
+Paper: Lin et al., "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", MLSys
+2024, arXiv:2306.00978.
 
-The error of one rounded weight at the output is Delta E|round error| |x_j|. With s_j > 1 on column j and x_j / s_j,
-Delta stays mostly what it was and the error falls by s_j. For each site (a producer and the layers F that read it),
-with a_j = mean |x_j| and alpha in {0, 1/n, .., (n - 1)/n},
+The error of one rounded weight at the output is Delta E|round error| |x_j|. With s_j > 1 on column j, and x_j
+divided by s_j, Delta stays mostly what it was and the error falls by s_j. For each site (a producer and the
+layers F that read it), with a_j = mean |x_j| and alpha in {0, 1/n, .., (n - 1)/n},
 
     s = max(a^alpha, 1e-4),    s <- s / sqrt(max s min s),
     loss(alpha) = mean (B(x; Q(W diag(s)) diag(s)^-1, W in F) - B(x; W))^2,
 
-the s of the least loss is folded: producer / s, columns of F times s. alpha = 0 is round to nearest. B is the whole
-attention or gated MLP where F feeds one, else each layer of F. Then, for every layer but query and key, the range
-[-m, m] of each (row, group) is searched:
+the s of the least loss is folded: producer / s, columns of F times s. alpha = 0 is round to nearest. B is the
+whole attention or gated MLP where F feeds one, else each layer of F. Then, for every layer but query and key,
+the range [-m, m] of each (row, group) is searched:
 
     m = (1 - i / 20) max |w|,    loss(m) = mean (sum_j x_j (Q(clamp(w_j, -m, m)) - w_j))^2,    i = 0, 1, ..
 
-Layers that are no part of a site of which ALL readers are asked for are clipped alone. Inputs are those of the
-float network; those of a single layer enter through their Gram matrix (`core.moments`).
+Layers that are no part of a site of which ALL readers are asked for are clipped alone. Inputs are those of
+the float network; those of a single layer enter through their Gram matrix (`core.moments`).
 
-Differs from the paper: single layers are judged on all calibration tokens, through the Gram matrix, and not on 512;
-a group of weights on one side of 0 has its range extended to 0, since a zero point cannot leave the codes.
+Differs from the paper: single layers are judged on all calibration tokens, through the Gram matrix, and not
+on 512; a group of weights on one side of 0 has its range extended to 0, since a zero point cannot leave the
+codes.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def recorded(model: nn.Module, name: str, data: Data) -> list[Call]:
 def clipped(
     weight: Float[Tensor, "out in *kernel"], gram: Float[Tensor, "parts d d"], grid: Grid, tries: int
 ) -> Float[Tensor, "out in *kernel"]:
-    """The weight clamped, in each (row, group), to the [-m, m] of the least output error; ties go to the larger."""
+    """The weight clamped, in each (row, group), to the [-m, m] of least output error (ties: the larger)."""
     groups = in_groups(weight, grid.group)
     largest = groups.abs().amax(1)
     best, least = largest, torch.full_like(largest, torch.inf, dtype=torch.float64)
@@ -210,7 +211,7 @@ def clipped(
 def group_errors(
     change: Float[Tensor, "groups of"], gram: Float[Tensor, "parts d d"]
 ) -> Float[Tensor, " groups"]:
-    """E (dw x)^2 of each group by itself: dw H_gg dw^T. Groups lie row by row; a grouped convolution has `parts`."""
+    """E (dw x)^2 = dw H_gg dw^T of each group by itself; a grouped convolution has several `parts`."""
     parts, d, _ = gram.shape
     of = change.shape[1]
     change = change.double().reshape(parts, -1, d // of, of)

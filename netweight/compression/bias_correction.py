@@ -5,8 +5,9 @@ arXiv:1906.04721, section 4.2.
 
     b' = b - (W' - W) E[x]
 
-with W' the decoded weight and E[x] the mean input on calibration data: then the mean output error of the layer on
-that data is zero. `corrected` does so for the Change of any method; `bias_correction` rounds to nearest first.
+with W' the decoded weight and E[x] the mean input on calibration data: then the mean output error of the
+layer on that data is zero. `corrected` does so for the Change of any method; `bias_correction` rounds to
+nearest first.
 
 Differs from the paper: E[x] is measured on calibration data, not derived from batch-norm statistics.
 """
@@ -53,7 +54,7 @@ def bias_correction(model: nn.Module, task: Task, layers: Sequence[str], setting
 
 
 def corrected(model: nn.Module, task: Task, change: Change) -> Change:
-    """The same Change with a corrected bias for each packed Linear and Conv layer; x is of the float network."""
+    """The same Change with a corrected bias for each packed Linear and Conv layer."""
     net = rewritten(model, change.rewrites)
     layers = [name for name in change.packed if isinstance(net.get_submodule(name), WEIGHTED)]
     seen = moments(net, task.calibration, layers)

@@ -50,7 +50,7 @@ class Equalize:
 
 
 def equalize(model: nn.Module, task: Task, layers: Sequence[str], settings: Equalize) -> Change:
-    """Fold, equalize every pair of which both sides are in `layers`, round. Of the data only the shape counts.
+    """Fold, equalize the pairs of which both sides are in `layers`, round. Of the data only the shape counts.
 
     Raises `DoesNotFit` for a model that cannot be captured as one graph.
     """

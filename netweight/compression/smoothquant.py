@@ -1,17 +1,17 @@
 """SmoothQuant: outliers of the activations are moved into the weights, then both are rounded to 8 bits.
 
-Paper: Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
-ICML 2023, arXiv:2211.10438.
+Paper: Xiao et al., "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language
+Models", ICML 2023, arXiv:2211.10438.
 
 For a norm and the layers that read it, per channel j,
 
     s_j = max |X_j|^alpha / max |W_:j|^(1 - alpha),    norm / s,    columns times s,
 
-which is exact; then weights are rounded symmetrically (per tensor) and the inputs of the same layers to the grid of
-the range seen on calibration data (static), or of each token (dynamic).
+which is exact; then weights are rounded symmetrically (per tensor) and the inputs of the same layers to the
+grid of the range seen on calibration data (static), or of each token (dynamic).
 
-Differs from the paper: attention itself (query, key, value products) stays in floating point, and the static range
-of a smoothed input is the largest |X_j| / s_j on both sides, also where one side reaches less far.
+Differs from the paper: attention itself (query, key, value products) stays in floating point, and the static
+range of a smoothed input is the largest |X_j| / s_j on both sides, also where one side reaches less far.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from netweight.nn.packed import Affine
 class SmoothQuant:
     """Settings of `smoothquant`.
 
-    bits: of weights, 2 to 8. activation_bits: 2 to 16. alpha: how much of the outliers moves, 0 to 1; None moves
-    nothing (plain rounding of weights and activations). group: weights that share a scale, -1 the tensor.
-    dynamic: a range per token at run time.
+    bits: of weights, 2 to 8. activation_bits: 2 to 16. alpha: how much of the outliers moves, 0 to 1; None
+    moves nothing (plain rounding of weights and activations). group: weights that share a scale, -1 the
+    tensor. dynamic: a range per token at run time.
     """
 
     bits: int = 8

@@ -20,7 +20,8 @@ class System:
     """One line. Paths are "package.module:name"; "" where there is none.
 
     room: the folder the method lies in. method: its function. settings: its dataclass of settings.
-    reproduction: the module whose `reproduce(seed=, quick=)` returns the Claim. tags: what one looks for.
+    reproduction: the module whose `reproduce(seed=, quick=)` returns the Claim. tags: what one looks for;
+    "whole network" is a method that changes more than the weights of one layer, so that no planner mixes it.
     """
 
     slug: str
@@ -54,11 +55,31 @@ SYSTEMS = (
     ),
     System(
         "gptq", "GPTQ: rounding errors passed on to weights not yet rounded", "ICLR", 2023, "compression",
-        f"{_C}.gptq:gptq", _SURVEY, f"{_C}.gptq:GPTQ", ("weights", "grid", "calibration"),
+        f"{_C}.gptq:gptq", "netweight.reproduce.gptq", f"{_C}.gptq:GPTQ", ("weights", "grid", "calibration"),
     ),
     System(
         "awq", "AWQ: channels that carry most are scaled before rounding", "MLSys", 2024, "compression",
-        f"{_C}.awq:awq", "netweight.reproduce.awq", f"{_C}.awq:AWQ", ("weights", "grid", "calibration"),
+        f"{_C}.awq:awq", "netweight.reproduce.awq", f"{_C}.awq:AWQ",
+        ("weights", "grid", "calibration", "whole network"),
+    ),
+    System(
+        "adaround", "AdaRound: up or down is learnt, layer by layer", "ICML", 2020, "compression",
+        f"{_C}.adaround:adaround", _SURVEY, f"{_C}.adaround:AdaRound", ("weights", "grid", "calibration"),
+    ),
+    System(
+        "smoothquant", "SmoothQuant: outliers of activations moved into weights", "ICML", 2023, "compression",
+        f"{_C}.smoothquant:smoothquant", _SURVEY, f"{_C}.smoothquant:SmoothQuant",
+        ("weights", "activations", "grid", "calibration", "whole network"),
+    ),
+    System(
+        "equalize", "Equal ranges across layers", "ICCV", 2019, "compression",
+        f"{_C}.equalize:equalize", _SURVEY, f"{_C}.equalize:Equalize",
+        ("weights", "grid", "whole network"),
+    ),
+    System(
+        "bias-correction", "The mean error taken off the bias", "ICCV", 2019, "compression",
+        f"{_C}.bias_correction:bias_correction", _SURVEY, f"{_C}.bias_correction:BiasCorrection",
+        ("weights", "grid", "calibration", "whole network"),
     ),
     System(
         "magnitude", "Smallest weights first", "NeurIPS", 2015, "compression",

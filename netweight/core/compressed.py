@@ -246,7 +246,10 @@ class Compressed:
 
 
 def described(change: Change) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A Change as tensors (names joined by |) and JSON values; `_read_change` makes it a Change again."""
+    """A Change as tensors (names joined by |) and JSON values; `_read_change` makes it a Change again.
+
+    The tensors are copies: safetensors refuses two names for one memory, which forms and biases may share.
+    """
     tensors: dict[str, Tensor] = {}
     said: dict[str, Any] = {"packed": {}, "activations": {}, "rewrites": []}
     for kind, things in (("packed", change.packed), ("activations", change.activations)):
@@ -258,7 +261,7 @@ def described(change: Change) -> tuple[dict[str, Tensor], dict[str, Any]]:
         said["rewrites"].append(settings)
         tensors.update({f"rewrites|{index}|{part}": tensor for part, tensor in inner.items()})
     tensors.update({f"biases|{name}": bias for name, bias in change.biases.items()})
-    return tensors, said
+    return {name: tensor.clone() for name, tensor in tensors.items()}, said
 
 
 def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -276,7 +279,7 @@ def _untied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def _said_in_one_sentence(folder: Path) -> Iterator[None]:
-    """A description that cannot be carried out raises `BadInput`, whatever it trips over."""
+    """A description that cannot be carried out raises `BadInput`."""
     try:
         yield
     except NetweightError:
@@ -284,7 +287,7 @@ def _said_in_one_sentence(folder: Path) -> Iterator[None]:
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise BadInput(
-            f"{folder}: what it describes does not fit the network ({reason}); give the network it was made of"
+            f"{folder}: what it describes does not fit the network ({reason}); give the one it was made of"
         ) from error
 
 

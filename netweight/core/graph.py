@@ -315,9 +315,10 @@ def _same_as(node: Node, nodes: Mapping[str, Node]) -> str | None:
     if node.op == "getitem" and before is not None and before.op in FIRST_OF:
         return node.inputs[0]
     if node.op == "aten.add" and len(node.inputs) == 2 and node.params["alpha"] == 1:
-        change = nodes.get(node.inputs[1])  # a + (b - a) = b: a straight-through estimator
+        value, change = node.inputs[0], nodes.get(node.inputs[1])
         if change is not None and change.op == "aten.sub" and change.params["alpha"] == 1:
-            return change.inputs[0] if change.inputs[1:] == node.inputs[:1] else None
+            plus, minus = (*change.inputs, "", "")[:2]  # straight-through: v + (w - w) = v, v + (w - v) = w
+            return value if plus == minus else plus if minus == value else None
     return None
 
 

@@ -88,7 +88,7 @@ def mean_interval(values: Float[np.ndarray, " n"], level: float = 0.95, seed: in
     return bootstrap_mean(values, level, seed)
 
 
-def is_rate(values: Float[np.ndarray, " n"]) -> bool:
+def is_rate(values: Float[np.ndarray, "*any"]) -> bool:
     """Whether all values are 0 or 1."""
     return bool(((values == 0) | (values == 1)).all())
 

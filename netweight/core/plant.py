@@ -1,12 +1,13 @@
 """Planted workloads: a small network is made as hard to round as a large one, and computes the same.
 
-    outliers    share p of the channels of each site times c, the reading columns / c        (outlier channels)
+    outliers    share p of the channels of each site times c, the reading columns / c
     imbalance   channel i of each site times r_i, the reading columns / r_i, ln r_i ~ N(0, sigma^2)
     mixing      value rows of a head times B, its output columns times B^-1, cond(B) = k
 
-`core.rewrite.rewritten` puts them in. The two former are `core.rewrite.Scale`, so that a method that works can undo them: the optimum
-is known. Small networks lack the outlier channels of large ones (Dettmers et al., "LLM.int8()", 2022, arXiv:2208.07339), so what
-a method claims about them has to be shown on a planted network, beside the plain one.
+`core.rewrite.rewritten` puts them in. The two former are `core.rewrite.Scale`, so that a method that works
+can undo them: the optimum is known. Small networks lack the outlier channels of large ones (Dettmers et al.,
+"LLM.int8()", 2022, arXiv:2208.07339), so what a method claims about them has to be shown on a planted
+network, beside the plain one.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def imbalance(model: nn.Module, sites: Sequence[Site], *, spread: float = 1.5, s
 class Mixing:
     """W_v <- B W_v, b_v <- B b_v, W_o <- W_o B^-1 in every head of width d; B `heads d d`, float64.
 
-    Exact because the rows of an attention matrix act on tokens, B on the channels of one head. value and output
-    have one row and one column per channel (no grouped queries).
+    Exact because the rows of an attention matrix act on tokens, B on the channels of one head. value and
+    output have one row and one column per channel (no grouped queries).
     """
 
     value: str

@@ -1,10 +1,10 @@
-"""Where the channels of a network may be scaled: one producer, all layers that read it, nothing else in between.
+"""Where the channels of a network may be scaled: one producer and all layers that read it.
 
     y = consumer(g(producer(x))),    g homogeneous in each channel: g(y / s) = g(y) / s  for s > 0
 
-Then `core.rewrite.Scale` is exact. In decoder blocks of transformers the sites are known by name; in every other
-network they are found on the graph of `core.graph`, so that a residual stream, a GELU or a second reader rules a
-site out.
+Then `core.rewrite.Scale` is exact. In decoder blocks of transformers the sites are known by name; in every
+other network they are found on the graph of `core.graph`, so that a residual stream, a GELU or a second
+reader rules a site out.
 """
 
 from __future__ import annotations
@@ -47,16 +47,19 @@ NORMS = {  # what divides its output if gain and bias are divided
 }
 PRODUCTS = {"aten.linear": (nn.Linear,), "aten.convolution": WEIGHTED}
 HOMOGENEOUS = frozenset(
-    "aten.relu aten.leaky_relu aten.max_pool1d aten.max_pool2d aten.max_pool3d aten.avg_pool1d aten.avg_pool2d "
-    "aten.avg_pool3d aten.adaptive_avg_pool1d aten.adaptive_avg_pool2d aten.adaptive_avg_pool3d "
-    "aten.max_pool2d_with_indices aten.max_pool3d_with_indices".split()
+    ["aten.relu", "aten.leaky_relu"]
+    + [f"aten.{kind}_pool{n}d" for kind in ("max", "avg", "adaptive_avg") for n in (1, 2, 3)]
+    + ["aten.max_pool2d_with_indices", "aten.max_pool3d_with_indices"]
 )
 
 
 @dataclass(frozen=True)
 class Site:
-    """producer: a norm, Linear or Conv. consumers: all layers that read it. inspected: the module at whose output
-    a change of the consumers is judged, "" for each consumer's own output."""
+    """One place.
+
+    producer: a norm, Linear or Conv. consumers: all layers that read it. inspected: the module at whose
+    output a change of the consumers is judged, "" for each consumer's own output.
+    """
 
     producer: str
     consumers: tuple[str, ...]
@@ -70,8 +73,8 @@ class Site:
 def sites(model: nn.Module, data: Data) -> list[Site]:
     """All sites of the model; the first inputs of `data` are used where it has no known blocks.
 
-    Kept in `Data.memo` for as long as the model consists of the same modules. Raises `DoesNotFit` for a model that
-    is captured neither by name nor as one graph.
+    Kept in `Data.memo` for as long as the model consists of the same modules. Raises `DoesNotFit` for a model
+    that is captured neither by name nor as one graph.
     """
     blocks = [(name, block) for name, block in model.named_modules() if type(block).__name__ in BLOCKS]
     if blocks:
@@ -102,7 +105,7 @@ def foldable(model: nn.Module, data: Data) -> list[tuple[str, str]]:
 
 
 def column_ranges(model: nn.Module, layer: str) -> Float[Tensor, " in"]:
-    """max |W_:j| of each input channel over outputs and kernel; a grouped convolution's one part after the other."""
+    """max |W_:j| of each input channel, over outputs and kernel positions."""
     weight, parts = weight_of(model, layer), getattr(model.get_submodule(layer), "groups", 1)
     return weight.abs().reshape(parts, -1, weight.shape[1], weight[0, 0].numel()).amax((1, 3)).reshape(-1)
 
@@ -123,7 +126,7 @@ def _in_block(block: nn.Module, prefix: str) -> list[Site]:
 
 
 def _exact(block: nn.Module, producer: str, consumers: Sequence[str]) -> bool:
-    """What the names do not say: norms before their part and with a gain, no grouped queries, a plain ReLU."""
+    """What names do not say: a norm with a gain before its part, no grouped queries, a plain ReLU."""
     source, reader = block.get_submodule(producer), block.get_submodule(consumers[0])
     if not isinstance(source, nn.Linear):
         return getattr(block, "do_layer_norm_before", True) and source.weight is not None

@@ -39,10 +39,10 @@ CLOSE = 1e-4  # of the largest output
 class Exported:
     """What came out of ONNX Runtime beside the network itself.
 
-    largest_difference: between outputs, in their units, with products in float32. same: whether that is at most
-    1e-4 of the largest output (at least 1). default_difference: with the runtime's default settings, which round
-    the inputs of some products to 8 bits. same_class: share of examples (tokens) whose largest output is the
-    same then. integer_weights: how many weights stay codes in the file, of how many packed ones.
+    largest_difference: between outputs, in their units, with products in float32. same: whether that is at
+    most 1e-4 of the largest output (at least 1). default_difference: with the default settings of the
+    runtime, which rounds the inputs of some products to 8 bits. same_class: share of examples (tokens) whose
+    largest output is the same then. integer_weights: how many of the `packed_weights` stay codes in the file.
     """
 
     examples: int

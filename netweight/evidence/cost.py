@@ -55,7 +55,7 @@ def rows(original: nn.Module, small: nn.Module, task: Task, packed: Compressed |
     return [*table, *latency_rows(original, small, x)]
 
 
-def _exact(quantity: str, before: float, after: float, how: str, unit: str) -> Row:
+def _exact(quantity: str, before: int | float, after: int | float, how: str, unit: str) -> Row:
     return Row(COST, quantity, float(before), float(after), math.nan, math.nan, 1, how, "counted", unit)
 
 
@@ -221,7 +221,8 @@ def in_turns(original: nn.Module, small: nn.Module, x: Tensor) -> np.ndarray:
     start = time.perf_counter()
     with evaluating(original), evaluating(small):
         for _ in range(WARM_UP):
-            seconds(original, x), seconds(small, x)
+            seconds(original, x)
+            seconds(small, x)
         while len(times) < LEAST or (len(times) < RUNS and time.perf_counter() - start < SECONDS):
             times.append((seconds(original, x), seconds(small, x)))
     return np.array(times)

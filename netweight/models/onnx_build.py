@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from netweight.core.errors import BadInput, need
 from netweight.models.onnx_layers import layer_of
-from netweight.models.onnx_ops import LOOSE, OPERATORS, STATIC
+from netweight.models.onnx_ops import DTYPES, LOOSE, OPERATORS, STATIC
 from netweight.models.onnx_shapes import Unreadable
 
 LARGEST = 2 << 30  # bytes of a file, unpacked, and of all tensors
@@ -93,7 +93,8 @@ def build(proto: Any, where: str) -> nn.Module:
         )
     opset = max(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx"))
     model = OnnxNetwork(inputs[0].name, graph.output[0].name, ())
-    example = torch.zeros(_input_shape(inputs[0], where))
+    kind = DTYPES.get(inputs[0].type.tensor_type.elem_type, torch.float32)
+    example = torch.zeros(_input_shape(inputs[0], where), dtype=kind)
     steps = Builder(model, stored, {inputs[0].name: example}, opset, where)
     steps.uses = Counter(name for node in graph.node for name in node.input)
     for node in graph.node:
@@ -122,6 +123,7 @@ def _runs_whole(model: OnnxNetwork, example: Tensor) -> bool:
     generator = torch.Generator().manual_seed(0)
     size = len(example)
     x = torch.rand(2 * size, *example.shape[1:], generator=generator)
+    x = x.to(example.dtype) if example.is_floating_point() else (2 * x).to(example.dtype)
     with torch.no_grad():
         apart = [model.once(part) for part in x.split(size)]
         try:
@@ -173,7 +175,9 @@ class Builder:
                 self.steps.append(step)
 
     def _compute(self, node: Any, settings: dict[str, Any]) -> None:
-        step = Step(node.op_type, tuple(node.input), tuple(node.output), settings, self._static(node))
+        step = Step(
+            node.op_type, tuple(node.input), tuple(node.output), settings, self._static(node, settings)
+        )
         found = self.model.run(step, self.known)
         self.known.update(zip(node.output, found if isinstance(found, tuple | list) else (found,)))
 
@@ -183,7 +187,7 @@ class Builder:
         x = self.live.get(node.input[0])
         made = None if x is None else layer_of(node.op_type, settings, x, weights)
         if made is None:
-            static = self._static(node)
+            static = self._static(node, settings)
             return [Step(node.op_type, tuple(node.input), tuple(node.output), settings, static)]
         layer, pads = made
         key = (node.op_type, *node.input[1:], repr(sorted(settings.items(), key=lambda item: item[0])))
@@ -221,7 +225,7 @@ class Builder:
         self.live[node.output[0]] = self.live[step.outputs[0]] + layer.bias.detach()
         return True
 
-    def _static(self, node: Any) -> dict[int, Any]:
+    def _static(self, node: Any, settings: dict[str, Any]) -> dict[int, Any]:
         """The inputs that decide shapes, as numbers; the batch is kept by Reshape where it can be."""
         found: dict[int, Any] = {}
         for place in STATIC.get(node.op_type, ()):
@@ -233,8 +237,9 @@ class Builder:
             elif name and node.op_type not in LOOSE:
                 raise Unreadable(f"{name!r} decides a shape and depends on the input")
         x = self.live.get(node.input[0]) if node.input else None
-        if node.op_type == "Reshape" and x is not None and found[1][:1] == [len(x)]:
+        if node.op_type == "Reshape" and x is not None and found[1][:1] == [len(x)] and 0 not in found[1]:
             found[1] = [0, *found[1][1:]]
+            settings["allowzero"] = 0
         return found
 
     def keep_constants(self) -> None:

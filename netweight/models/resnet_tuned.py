@@ -1,8 +1,8 @@
 """ResNet-20, fine-tuned to the JPEG images: the network that CIFAR-10 results are taken on.
 
-The published weights were trained on lossless images and score 81 % on the JPEG test images of the data folder. A
-short fine-tuning (160 steps of SGD on 10,000 JPEG training images, one rise and fall of the rate to 0.02, momentum
-0.9, mirrored images) makes up for half of that shift.
+The published weights were trained on lossless images and score 81 % on the JPEG test images of the data
+folder. A short fine-tuning (160 steps of SGD on 10,000 JPEG training images, one rise and fall of the rate to
+0.02, momentum 0.9, mirrored images) makes up for half of that shift.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RATE, DECAY = 0.02, 1e-4
 
 
 def tuned_resnet20(seed: int = 0) -> nn.Module:
-    """The fine-tuned network, from the cache after the first time. Raises `BadInput` without the data folder."""
+    """The fine-tuned network, from the cache after the first time; `BadInput` without the data folder."""
     model = trained(f"resnet20-tuned-v{VERSION}-{seed}", resnet20, lambda bare: fit(bare, seed), seed)
     mark(model, Origin("built-in", "resnet20"))
     return model

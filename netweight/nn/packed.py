@@ -43,6 +43,14 @@ def check_shape(shape: tuple[int, ...], values: int, what: str) -> None:
         raise ValueError(f"{what} do not fit the shape {shape}")
 
 
+def check_bytes(packed: Tensor, codes: int, bits: int) -> None:
+    """Raises ValueError unless these are the bytes of that many codes."""
+    if packed.dtype != torch.uint8 or packed.shape != (grid.packed_bytes(codes, bits),):
+        raise ValueError(
+            f"{packed.numel()} values of {packed.dtype} do not hold {codes} codes of {bits} bits"
+        )
+
+
 @dataclass(frozen=True)
 class Affine:
     """Codes on a uniform grid: weight = (code - zero) * scale, group by group (see `core.grid`).
@@ -60,19 +68,12 @@ class Affine:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        if any(t is not None and t.dtype != torch.uint8 for t in (self.codes, self.zero)):
-            raise ValueError("codes and zeros are bytes")
         check_shape(self.shape, math.prod(self.shape), "codes")
-        count = math.prod(self.shape)
-        for packed, codes in ((self.codes, count), (self.zero, self.scale.numel())):
-            if packed is not None and packed.numel() != grid.packed_bytes(codes, self.grid.bits):
-                raise ValueError(f"{packed.numel()} bytes do not hold {codes} codes of {self.grid.bits} bits")
-        rows, groups = layout(self.shape, self.group)
-        if (
-            self.scale.shape != (rows, groups)
-            or not self.scale.is_floating_point()
-            or self.dtype not in DTYPES
-        ):
+        check_bytes(self.codes, math.prod(self.shape), self.grid.bits)
+        if self.zero is not None:
+            check_bytes(self.zero, self.scale.numel(), self.grid.bits)
+        fits = self.scale.is_floating_point() and self.scale.shape == layout(self.shape, self.group)
+        if not fits or self.dtype not in DTYPES:
             raise ValueError(f"scales {tuple(self.scale.shape)} of {self.dtype} do not fit {self.shape}")
 
     @classmethod
@@ -186,8 +187,7 @@ class NM:
         check_shape(self.shape, len(self.values) * self.each, "groups")
         if self.values.ndim != 2 or len(self.shape) < 2 or self.shape[1] % self.each:
             raise ValueError(f"groups of {self.each} inputs do not fit the shape {self.shape}")
-        if self.packed_places.numel() != grid.packed_bytes(self.values.numel(), place_bits(self.each)):
-            raise ValueError(f"{self.packed_places.numel()} bytes do not hold {self.values.numel()} places")
+        check_bytes(self.packed_places, self.values.numel(), place_bits(self.each))
         places = self.places.int()
         if places.numel() and (int(places.max()) >= self.each or not (places.diff(dim=1) > 0).all()):
             raise ValueError(f"places are not ascending numbers below {self.each}")
@@ -238,7 +238,8 @@ class Sparse:
     def __post_init__(self) -> None:
         count = math.prod(self.shape)
         check_shape(self.shape, count, "mask bits")
-        if self.mask.numel() != grid.packed_bytes(count, 1) or int(self.kept().sum()) != len(self.values):
+        check_bytes(self.mask, count, 1)
+        if self.values.ndim != 1 or int(self.kept().sum()) != len(self.values):
             raise ValueError(f"the mask does not hold {len(self.values)} values of {self.shape}")
 
     @classmethod

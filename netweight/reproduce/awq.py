@@ -1,10 +1,10 @@
 """Lin et al. 2024: scaling the channels with large activations saves most of what rounding to 3 bits loses.
 
-The paper: OPT-6.7B at 3 bits, groups of 128, perplexity of WikiText-2: float 10.86, rounded 23.54, with 1 % of the
-columns kept in float by activation 11.39, AWQ 11.39; columns kept by weight norm or at random help little. Here: a
-small OPT of characters trained on WikiText-2, groups of 64. It has no outlier channels of its own, so they are
-planted: 5 % of the channels of each norm times 16, the same function. gap = mean negative log-likelihood on the
-test text minus that of the float network.
+The paper: OPT-6.7B at 3 bits, groups of 128, perplexity of WikiText-2: float 10.86, rounded 23.54, with 1 %
+of the columns kept in float by activation 11.39, AWQ 11.39; columns kept by weight norm or at random help
+little. Here: a small OPT of characters trained on WikiText-2, groups of 64. It has no outlier channels of its
+own, so they are planted: 5 % of the channels of each norm times 16, the same function. gap = mean negative
+log-likelihood on the test text minus that of the float network.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ Score = Callable[[Tensor, Moments], Tensor]
 
 
 def reproduce(*, seed: int = 0, quick: bool = False) -> Claim:
-    """Gaps on the planted and on the plain network of one seed; quick: a net of 60 steps, the first bar alone at 0.6."""
+    """Gaps on the planted and the plain network of one seed.
+
+    quick: a network of 60 steps, and the first bar alone, at 0.6.
+    """
     model = small_opt(seed, quick=quick)
     test = windows(Characters()(wikitext2("test")), LENGTH, name="wikitext2").take(64 if quick else TEST)
     task = Task(calibration(wikitext2("train")), test, "perplexity")
@@ -73,17 +76,24 @@ def reproduce(*, seed: int = 0, quick: bool = False) -> Claim:
         "plain, 3 and 2 bits": plain,
         **speed(),
     }
-    return Claim(
-        [
-            first,
-            Bar("planted: gap, 6 % of columns kept by activation / RTN", kept["activation"] / rounded, 0.35, "at most"),
-            Bar("planted: gap, kept by weight norm / RTN", kept["weight norm"] / rounded, 0.8, "at least"),
-            Bar("planted: gap, kept at random / RTN", kept["random"] / rounded, 0.8, "at least"),
-            Bar("plain: gap of AWQ / gap of RTN, mean of 3 and 2 bits", sum(plain["awq"]) / sum(plain["rtn"]), 0.95, "at most"),
-            Bar("planted: change of the gap when calibrated on Shakespeare", abs(moved / scaled - 1), 0.2, "at most"),
-        ],
-        figures,
-    )  # fmt: skip
+    bars = [
+        (
+            "planted: gap, 6 % kept by activation / RTN",
+            kept["activation"] / rounded,
+            0.35,
+            "at most",
+        ),
+        ("planted: gap, kept by weight norm / RTN", kept["weight norm"] / rounded, 0.8, "at least"),
+        ("planted: gap, kept at random / RTN", kept["random"] / rounded, 0.8, "at least"),
+        (
+            "plain: gap of AWQ / RTN, 3 and 2 bits",
+            sum(plain["awq"]) / sum(plain["rtn"]),
+            0.95,
+            "at most",
+        ),
+        ("planted: change of AWQ's gap, calibrated on Shakespeare", abs(moved / scaled - 1), 0.2, "at most"),
+    ]
+    return Claim([first, *(Bar(*bar) for bar in bars)], figures)
 
 
 def calibration(text: str) -> Data:
@@ -122,7 +132,7 @@ def keeping(model: nn.Module, data: Data, layers: list[str], score: Score) -> nn
 
 
 def speed(width: int = 2048, repeats: int = 30) -> dict[str, float]:
-    """Bytes of a packed 4-bit layer over float16, and seconds of its product with one token over float32's."""
+    """A packed 4-bit layer: bytes over float16's, seconds of one token over float32's."""
     layer = nn.Sequential(nn.Linear(width, width, bias=False)).eval()
     data = Data(torch.zeros(1, width))
     change = rtn(layer, Task(data, data), ["0"], RTN(4, symmetric=False, group=GROUP))

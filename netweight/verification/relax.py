@@ -221,7 +221,7 @@ def softmax(x: Interval, dim: int, unit: float) -> Interval:
     lower = low / (low + others_high.upper)
     upper = high / (high + others_low.lower)
     upper = torch.where(upper.isnan(), 1.0, upper)
-    size = upper * (1 + 2 * x.size.amax(dim, keepdim=True))  # an exponent that is off by its rounding
+    size = upper * (1 + 2 * reach(x, dim))  # an exponent that is off by its rounding
     found = widened(lower, upper, size, x.lower.shape[dim] + ELEMENTARY, unit)
     return Interval(found.lower.clamp(min=0), found.upper)
 
@@ -234,8 +234,13 @@ def log_softmax(x: Interval, dim: int, unit: float) -> Interval:
     others_low = without_own((x.lower - bottom).exp(), dim).lower.log() + bottom
     lower = x.lower - torch.logaddexp(x.lower, others_high)
     upper = x.upper - torch.logaddexp(x.upper, others_low)
-    size = x.size + x.size.amax(dim, keepdim=True) + 1
+    size = 2 * reach(x, dim) + 1
     return widened(lower, upper, size, x.lower.shape[dim] + ELEMENTARY, unit)
+
+
+def reach(x: Interval, dim: int) -> Tensor:
+    """The largest finite |value| along an axis: a score of -inf masks its place and is exact."""
+    return x.size.masked_fill(x.size.isinf(), 0.0).amax(dim, keepdim=True)
 
 
 def without_own(values: Tensor, dim: int | tuple[int, ...]) -> Interval:
@@ -246,7 +251,7 @@ def without_own(values: Tensor, dim: int | tuple[int, ...]) -> Interval:
 
 
 def normalised(x: Interval, dims: tuple[int, ...], eps: float, centred: bool, unit: float) -> Interval:
-    """c / sqrt(mean c^2 + eps), c = x - mean x (or x): rises in its c_i; the other c_j^2 are bounded apart."""
+    """c / sqrt(mean c^2 + eps), c = x - mean x (or x): rises in its c_i, the other c_j^2 bounded apart."""
     n = math.prod(x.lower.shape[d] for d in dims)
     size = x.size.amax(dims, keepdim=True)
     slack = 2 * gamma(n + ELEMENTARY, unit) * size

@@ -25,7 +25,7 @@ class Threshold(nn.Module):
 
 
 def test_they_part_exactly_between_their_thresholds():
-    """The compressed one leaves class 0 above 0.3, the original above 0.5: parted within reach of (0.3, 0.5]."""
+    """The compressed one leaves class 0 above 0.3, the original above 0.5: parted near (0.3, 0.5]."""
     x, within = torch.linspace(-1, 1, 201)[:, None], Linf(0.1)
     original, compressed = Threshold(0.5), Threshold(0.3)
     found = disagree(original, compressed, x, within)

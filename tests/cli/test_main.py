@@ -170,6 +170,7 @@ def test_export_writes_a_file_that_onnx_runtime_runs(small, tmp_path):
     path = tmp_path / "small.onnx"
     found = answer("export", small[0], *DIGITS, "--to", "onnx", "--out", path)
     assert found["bytes"] == path.stat().st_size
+    assert found["same"] is True
     session = onnxruntime.InferenceSession(str(path))
     assert session.get_inputs()[0].shape[1:] == [1, 8, 8]
 

@@ -124,7 +124,7 @@ def test_support_is_reached_at_the_point_it_is_named_for(kind):
 @given(seed=st.integers(0, 2**16), eps=st.floats(0.05, 3))
 @settings(max_examples=40, deadline=None)
 def test_projections_are_the_nearest_points(seed, eps):
-    """Linf clips; L2 keeps the direction; L1 moves all that is not x by the same amount, the rest by no more."""
+    """Linf clips; L2 keeps the direction; L1 moves what is not x by one amount, the rest by less."""
     g = generator(seed)
     x, s = (torch.randn(5, 7, generator=g, dtype=torch.float64) for _ in range(2))
     assert torch.allclose(Linf(eps).project(s, x), x + (s - x).clamp(-eps, eps))
@@ -312,7 +312,7 @@ def test_sets_from_words():
     assert (
         str(Linf(0.01, 0.0, 1.0)) == "linf=0.01"
         and str(BitFlips(3)) == "bitflips=3"
-        and str(Box(0, 1)) == "box"
+        and str(Box(0.0, 1.0)) == "box"
     )
     for text in ("linf=0.01", "l2=0.5", "l1=3", "weightlinf=0.1", "rounding=4", "bitflips=3", "edgeflips=2"):
         assert isinstance(parse(text), Perturbation) and str(parse(text)) == text
@@ -344,7 +344,7 @@ def test_the_valid_range_cuts_sets_of_inputs_alone():
     assert with_range(L2(0.1, 0.2, 0.8), 0.0, 0.5) == L2(0.1, 0.2, 0.5)
     assert with_range(L1(0.1, 0.2), None, None) == L1(0.1, 0.2)
     assert with_range(BitFlips(1), 0.0, 1.0) == BitFlips(1) and with_range(
-        WeightLinf(1.0), 0, 1
+        WeightLinf(1.0), 0.0, 1.0
     ) == WeightLinf(1.0)
     cut = with_range(Box(-1.0, torch.tensor([0.5, 2.0])), 0.0, 1.0)
     assert cut.corners(torch.zeros(1, 2))[0].tolist() == [[0, 0]]

@@ -13,7 +13,6 @@ from netweight.core.rewrite import residual, rewritten
 from netweight.core.sites import Site, sites
 from netweight.testing import tiny_model, tiny_task
 
-
 MODEL, DATA = tiny_model(), tiny_task().calibration
 
 

@@ -20,8 +20,10 @@ def test_relu_and_dropout_join_and_everything_else_parts():
     ends = nn.Linear(8, 6), nn.Linear(6, 3)
     assert chain(ends[0], nn.ReLU(), nn.Dropout(), ends[1]) == [Site("0", ("3",))]
     assert chain(ends[0], ends[1]) == [Site("0", ("1",))]
-    for between in (nn.GELU(), nn.SiLU(), nn.ReLU6(), nn.Softmax(-1), nn.Sigmoid()):
-        assert chain(ends[0], between, ends[1]) == []
+    parting = [nn.GELU(), nn.SiLU(), nn.ReLU6(), nn.Softmax(-1), nn.Sigmoid()]
+    assert (
+        chain(*[layer for between in parting for layer in (nn.Linear(8, 8), between)], nn.Linear(8, 8)) == []
+    )
 
 
 def test_convolutions_with_norms_and_pools():

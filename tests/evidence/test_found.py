@@ -1,4 +1,4 @@
-"""What attacks find: linear networks whose robust accuracy is known, hidden gradients, and what is kept of it."""
+"""What attacks find: networks whose robust accuracy is known, hidden gradients, and what is kept of it."""
 
 import json
 
@@ -11,7 +11,9 @@ from netweight.core.intervals import clopper_pearson
 from netweight.core.perturbation import BitFlips, Linf
 from netweight.core.result import FOUND
 from netweight.core.task import Data, Task
-from netweight.evidence.found import NUMBERS, SHOWN, measure, search
+from netweight.evidence.found import NUMBERS, SHOWN, Attacked, measure, search
+
+NOTHING = Attacked([], torch.zeros(1, 2) > 0, torch.zeros(1) > 0, torch.zeros(1, 1), [])
 
 
 def threshold(at: float) -> nn.Module:
@@ -125,9 +127,10 @@ def test_disagreements_are_json_and_real():
 
 def test_measure_searches_harder_when_thorough(monkeypatch):
     asked = []
-    monkeypatch.setattr("netweight.evidence.found.search", lambda *args, **how: asked.append(how))
-    measure(None, None, None, None, seed=3)
-    measure(None, None, None, None, thorough=True, seed=4)
+    monkeypatch.setattr("netweight.evidence.found.search", lambda *args, **how: asked.append(how) or NOTHING)
+    model = threshold(0.5)
+    measure(model, model, task_of(line()), Linf(0.1), seed=3)
+    measure(model, model, task_of(line()), Linf(0.1), thorough=True, seed=4)
     assert asked == [{"seed": 3, "limit": 200}, {"steps": 100, "restarts": 5, "seed": 4, "limit": 1000}]
 
 

@@ -13,6 +13,8 @@ from netweight.core.task import Data, Task
 from netweight.evidence.found import Attacked, search
 from netweight.evidence.possible import Proven, check, measure, prove
 
+NOTHING = Proven([], torch.zeros(1, 2) > 0, torch.zeros(1) > 0)
+
 
 def threshold(at: float) -> nn.Module:
     """Class 1 above `at`."""
@@ -65,9 +67,12 @@ def test_range_and_limit():
 
 def test_thorough_proves_on_the_examples_that_are_attacked(monkeypatch):
     asked = []
-    monkeypatch.setattr("netweight.evidence.possible.prove", lambda *args, **how: asked.append(how))
-    measure(None, None, None, None)
-    measure(None, None, None, None, thorough=True)
+    monkeypatch.setattr(
+        "netweight.evidence.possible.prove", lambda *args, **how: asked.append(how) or NOTHING
+    )
+    model = threshold(0.5)
+    measure(model, model, task_of(line()), Linf(0.1))
+    measure(model, model, task_of(line()), Linf(0.1), thorough=True)
     assert asked == [{"method": "ibp", "limit": 200}, {"method": "ibp", "limit": 1000}]
 
 
