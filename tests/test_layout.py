@@ -76,7 +76,9 @@ def test_a_method_that_changes_more_than_one_layer_says_so():
     task = tiny_task()
     for system in (s for s in SYSTEMS if s.settings):
         model = tiny_model()
-        settings = catalogue.settings(system.slug)()
+        kind = catalogue.settings(system.slug)
+        names = {field.name for field in dataclasses.fields(kind)}
+        settings = kind(steps=1) if "steps" in names else kind()
         try:
             change = catalogue.method(system.slug)(model, task.blind(), weighted(model), settings)
         except DoesNotFit:

@@ -112,8 +112,8 @@ def _number(value: float | str | None) -> str:
 
 def _table(*left: str, right: Sequence[str] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD, width=WIDTH, pad_edge=False, padding=(0, 1))
-    for index, name in enumerate(left):
-        table.add_column(name, overflow="fold", no_wrap=index == 0 and len(right) == 0)
+    for name in left:
+        table.add_column(name, overflow="fold")
     for name in right:
         table.add_column(name, justify="right", overflow="fold")
     return table

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 import netweight
 from netweight.cli.main import app
+from netweight.core import catalogue
 from netweight.core.catalogue import SYSTEMS
+from netweight.core.perturbation import Found
 from netweight.core.result import Bar, Claim
 
 DIGITS = ("--data", "digits")
@@ -154,6 +156,9 @@ def test_verify_never_claims_what_an_attack_refutes(small):
     assert attacked["found"] == len(attacked["hits"]) >= proven["wrong"]
     apart = answer("verify", small[0], *options, "--against", "digits-cnn")
     assert apart["largest_difference"] >= apart["mean_difference"] > 0
+    point = (*DIGITS, "--within", "linf=0", "--limit", "40", "--against", "digits-cnn")
+    assert answer("verify", "digits-cnn", *point)["largest_difference"] < 0.01
+    assert answer("verify", small[0], *point)["largest_difference"] > 0.01
 
 
 def test_attack_finds_where_two_networks_part(small):
@@ -163,6 +168,19 @@ def test_attack_finds_where_two_networks_part(small):
     assert found["examples"] == 30
     same = answer("attack", "digits-cnn", *options)
     assert same["found"] == 0
+
+
+def test_attack_keeps_to_valid_inputs(monkeypatch):
+    seen = []
+
+    def search(network, x, y, within, **how):
+        seen.append((within.low, within.high, how))
+        return Found(x, torch.zeros(len(x), dtype=torch.bool))
+
+    monkeypatch.setattr(catalogue, "method", lambda slug: search)
+    options = (*DIGITS, "--within", "linf=0.1", "--limit", "2")
+    answer("attack", "digits-cnn", *options, "--restarts", "3", "--steps", "7", "--seed", "5")
+    assert seen == [(0.0, 1.0, {"steps": 7, "restarts": 3, "seed": 5})]
 
 
 def test_export_writes_a_file_that_onnx_runtime_runs(small, tmp_path):

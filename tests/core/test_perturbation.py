@@ -160,6 +160,14 @@ def test_a_ball_refuses_tokens_and_inputs_that_are_not_valid():
         assert kind(9.0).contains(nonsense, torch.zeros(3, 1)).tolist() == [False, False, True]
 
 
+def test_rationals_decide_where_float64_rounds_the_sum_onto_the_edge():
+    zero = torch.zeros(3, 2)
+    s = torch.tensor([[1.0, 2.0**-60], [1.0, 0.0], [-(2.0**-60), -1.0]])
+    assert L1(1.0).contains(s, zero).tolist() == L2(1.0).contains(s, zero).tolist() == [False, True, False]
+    assert L2(5.0).contains(torch.tensor([[3.0, 4.0]]), zero[:1]).all()
+    assert Linf(1.0).contains(1 + s, torch.ones(3, 2)).tolist() == [True, True, True]  # 1 + 2^-60 is 1 here
+
+
 def test_box_is_its_bounds_in_every_dtype():
     lower, upper = torch.tensor([-0.1, 0.3]), torch.tensor([0.2, 0.3])
     box, x = Box(lower, upper), torch.full((50, 2), 7.0)

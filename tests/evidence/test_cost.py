@@ -78,7 +78,7 @@ class Eight:
 
 
 class Chain(nn.Module):
-    """Three doublings; at most two results live at a time, unless all are held."""
+    """Doublings; at most two results live at a time, unless all are held."""
 
     def __init__(self, hold: bool) -> None:
         super().__init__()
@@ -86,12 +86,13 @@ class Chain(nn.Module):
         self.weight = nn.Parameter(torch.ones(10))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """8 x."""
+        """A multiple of x."""
         first = x * 2
         if self.hold:
             second = first * 2
             return second * 2 + 0 * first.sum()
-        first = first * 2
+        for _ in range(3):
+            first = first * 2
         return first.view(-1).mul_(2)
 
 

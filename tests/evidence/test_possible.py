@@ -52,6 +52,11 @@ def test_thresholds_are_proven_exactly_where_they_hold():
     assert "ibp" in held.method and "linf=0.1" in held.method and held.arithmetic == "float32"
 
 
+def test_networks_that_are_sure_of_different_classes_do_not_agree():
+    proven = prove(threshold(2.0), threshold(-2.0), task_of(replace(line(5), y=None)), Linf(0.1), limit=5)
+    assert proven.held.all() and not proven.agreed.any()
+
+
 def test_without_labels_a_class_that_cannot_change_is_enough():
     proven = prove(threshold(0.5), threshold(0.3), task_of(replace(line(), y=None)), Linf(0.1), limit=101)
     x = line().x[:, 0]
