@@ -27,15 +27,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netweight.core import io
+from netweight.core import catalogue, io
 from netweight.core.compressed import FORMAT, Change, Compressed, assemble, described
 from netweight.core.errors import BadInput, need
 from netweight.core.plan import Budget, Plan, allocate
 from netweight.core.progress import steps
+from netweight.core.rewrite import Scale
 from netweight.core.task import Data, Task, outputs
 from netweight.evidence.sensitivity import options
 from netweight.models.huggingface import describe
-from netweight.planning import candidates, carry_out, planned_layers
+from netweight.planning import as_plan, candidates, carry_out, is_whole, planned_layers, uniform
 from netweight.resume import data_hash, place
 
 BLOCKS = ("model.layers", "model.decoder.layers")  # where decoder blocks lie in a transformers model
@@ -202,10 +203,23 @@ def _one_block(block: Block, hidden: Data, budget: Budget, method: str, group: i
     task = Task(calibration=hidden, test=hidden, metric="mse")
     layers = planned_layers(block, budget)
     assert budget.bits is not None
+    if is_whole(method):
+        return _rewritten(block, task, budget, method)
     near = [bits for bits in (2, 3, 4, 5, 6, 8) if abs(bits - budget.bits) <= 1] or [8]
     tried = candidates(method, bits=near, groups=(0, group), symmetric=(False,))
     chosen = allocate(options(block, task, layers, tried, distortion="output"), budget)
     return assemble(block, Change(carry_out(block, task, chosen)), chosen)
+
+
+def _rewritten(block: Block, task: Task, budget: Budget, method: str) -> Compressed:
+    """One block by a method that scales across its layers: what is scaled is stored as it then is."""
+    settings = uniform(block, budget, method)
+    change = catalogue.method(method)(block, task.blind(), planned_layers(block, budget), settings)
+    if change.activations or change.biases or not all(isinstance(r, Scale) for r in change.rewrites):
+        raise BadInput(
+            f"{method} adds to a network what cannot be stored block by block; load it whole instead"
+        )
+    return assemble(block, change, as_plan(block, change, method, settings))
 
 
 def _write_block(partial: Path, number: int, small: Compressed, prefix: str) -> None:

@@ -36,6 +36,13 @@ def test_result_is_an_ordinary_folder_and_close_to_the_original(checkpoint, toke
     assert 0 < float(off.abs().max()) < 0.05 * float(outputs(original, tokens).abs().max())
 
 
+def test_awq_is_stored_with_the_scales_it_was_rounded_under(checkpoint, tokens, tmp_path):
+    streaming.compress_folder(checkpoint, tokens, Budget(bits=8.6), tmp_path / "small", method="awq")
+    original = outputs(huggingface.load(checkpoint), tokens)
+    off = outputs(Compressed.load(tmp_path / "small").model, tokens) - original
+    assert 0 < float(off.abs().max()) < 0.05 * float(original.abs().max())
+
+
 def test_a_stop_between_blocks_changes_nothing(checkpoint, tokens, tmp_path, monkeypatch):
     budget = Budget(bits=4.5)
     streaming.compress_folder(checkpoint, tokens, budget, tmp_path / "whole", method="rtn", group=64)

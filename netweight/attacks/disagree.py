@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from netweight.core.ascent import ascend
 from netweight.core.errors import DoesNotFit
-from netweight.core.perturbation import Found, Perturbation, ascend
+from netweight.core.perturbation import Found, Perturbation
 
 
 def disagree(

@@ -9,7 +9,7 @@ where for class scores z and class y
 
     m(s) = max_{j != y} z_j(s) - z_y(s),        s is wrong iff its largest score is not y's.
 
-d_t is eps times the gradient's signs for Linf, the normalised gradient for L2 (`core.perturbation.ascend`).
+d_t is eps times the gradient's signs for Linf, the normalised gradient for L2 (`core.ascent`).
 
 Differs from the paper: the margin m instead of the cross-entropy, whose gradient vanishes in float32 where
 the network is sure (Carlini and Wagner 2017, arXiv:1608.04644); steps shrink; wrong points leave the batch.
@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
+from netweight.core.ascent import ascend
 from netweight.core.errors import DoesNotFit
-from netweight.core.perturbation import Found, Perturbation, ascend
+from netweight.core.perturbation import Found, Perturbation
 
 
 def pgd(

@@ -64,7 +64,7 @@ SYSTEMS = (
     ),
     System(
         "adaround", "AdaRound: up or down is learnt, layer by layer", "ICML", 2020, "compression",
-        f"{_C}.adaround:adaround", _SURVEY, f"{_C}.adaround:AdaRound", ("weights", "grid", "calibration"),
+        f"{_C}.adaround:adaround", "netweight.reproduce.gptq", f"{_C}.adaround:AdaRound", ("weights", "grid", "calibration"),
     ),
     System(
         "smoothquant", "SmoothQuant: outliers of activations moved into weights", "ICML", 2023, "compression",

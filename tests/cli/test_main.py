@@ -157,8 +157,8 @@ def test_verify_never_claims_what_an_attack_refutes(small):
     apart = answer("verify", small[0], *options, "--against", "digits-cnn")
     assert apart["largest_difference"] >= apart["mean_difference"] > 0
     point = (*DIGITS, "--within", "linf=0", "--limit", "40", "--against", "digits-cnn")
-    assert answer("verify", "digits-cnn", *point)["largest_difference"] < 0.01
-    assert answer("verify", small[0], *point)["largest_difference"] > 0.01
+    itself, other = (answer("verify", of, *point)["largest_difference"] for of in ("digits-cnn", small[0]))
+    assert 0 < 2 * itself < other  # itself: the slack of rounding alone
 
 
 def test_attack_finds_where_two_networks_part(small):

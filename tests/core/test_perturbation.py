@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netweight.core import grid
+from netweight.core.ascent import ascend
 from netweight.core.errors import BadInput, DoesNotFit
 from netweight.core.perturbation import (
     L1,
@@ -21,7 +22,6 @@ from netweight.core.perturbation import (
     Perturbation,
     Rounding,
     WeightLinf,
-    ascend,
     parse,
     with_range,
 )

@@ -1,0 +1,51 @@
+"""Projected gradient ascent: what attacks share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from netweight.core.errors import DoesNotFit
+from netweight.core.perturbation import L1, L2, Box, Found, Linf, Perturbation
+
+
+def ascend(
+    score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    x: Float[Tensor, "b *in"],
+    within: Perturbation,
+    *,
+    steps: int,
+    restarts: int,
+    seed: int,
+) -> Found:
+    """Projected gradient ascent: points of the set around x with a high score.
+
+    score: (points `b *in`, their rows in x) -> (value `b`, reached `b` bool), differentiable in the points.
+    It starts at x, then `restarts` times at a random point of the set; steps shrink from eps to 0 as a half
+    cosine. What has reached leaves the batch; elsewhere the best point seen is kept.
+    """
+    if not isinstance(within, Linf | L2 | L1 | Box):
+        raise DoesNotFit(f"{within} is no set of inputs; give one of linf, l2, l1 to search around an input")
+    generator = torch.Generator().manual_seed(seed)
+    points = within.project(x, x)
+    best, hit = (value.detach() for value in score(points, torch.arange(len(x), device=x.device)))
+    for _ in range(restarts):
+        rows = (~hit).nonzero()[:, 0]
+        s = within.sample(x, generator)[rows]
+        for step in range(steps + 1):
+            if len(rows) == 0:
+                break
+            s = s.detach().requires_grad_()
+            value, reached = score(s, rows)
+            gradient = torch.autograd.grad(value.sum(), s)[0].nan_to_num(0.0)
+            s, value = s.detach(), value.detach()
+            better = reached | (value > best[rows])
+            points[rows[better]], best[rows[better]], hit[rows] = s[better], value[better], reached
+            rows, s, gradient = rows[~reached], s[~reached], gradient[~reached]
+            size = 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
+            s = within.project(s + size * within.steepest(gradient, x[rows]), x[rows])
+    return Found(points, hit)
