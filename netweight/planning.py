@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from netweight.compression.rtn import RTN, rtn
 from netweight.core import catalogue
 from netweight.core.compressed import Change, Packed, weight_of, weighted
 from netweight.core.errors import BadInput, DoesNotFit, ImpossibleBudget
@@ -25,6 +26,7 @@ from netweight.evidence.sensitivity import Candidate, Distortion, keep, options
 from netweight.resume import Work
 
 NOTHING = Work(None)  # keeps no unfinished work
+LEARNT = "learnt"  # the catalogue's tag of methods that train for minutes: too slow to try every setting
 WHOLE = "whole network"  # the catalogue's tag of methods that rewrite across layers
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (0, 32, 128)
@@ -47,6 +49,7 @@ def candidates(
     found_: list[Candidate] = []
     for slug in AUTO if method == "auto" else (method,):
         function, settings = catalogue.method(slug), catalogue.settings(slug)
+        function = rounded if LEARNT in catalogue.find(slug).tags else function
         names = {field.name for field in dataclasses.fields(settings)}
         if "bits" not in names:
             found_.append(Candidate(slug, function, settings()))
@@ -58,6 +61,11 @@ def candidates(
             schemes = [{**scheme, "symmetric": way} for scheme in schemes for way in symmetric]
         found_ += [Candidate(slug, function, settings(bits=b, **scheme)) for b in bits for scheme in schemes]
     return found_
+
+
+def rounded(model: nn.Module, task: Task, layers: Sequence[str], settings: Any) -> Change:
+    """Plain rounding on the grid of `settings`: what a method that learns is priced by, at the same cost."""
+    return rtn(model, task, layers, RTN(settings.bits, settings.symmetric, settings.group))
 
 
 def plan(

@@ -34,6 +34,8 @@ from netweight.core.plan import Budget, Plan, allocate
 from netweight.core.progress import steps
 from netweight.core.rewrite import Scale
 from netweight.core.task import Data, Task, outputs
+from netweight.data import files
+from netweight.data.text import Subwords
 from netweight.evidence.sensitivity import options
 from netweight.models.huggingface import describe
 from netweight.planning import as_plan, candidates, carry_out, is_whole, planned_layers, uniform
@@ -109,6 +111,16 @@ def compress_folder(
         del small
         gc.collect()
     return _finish(folder, out, partial, index, len(blocks), where)
+
+
+def calibration(folder: str | Path, data: str) -> Data:
+    """Windows of tokens to calibrate on: DATA of the command line through the checkpoint's own tokenizer."""
+    files_ = describe(folder).files
+    if "tokenizer.json" not in files_:
+        raise BadInput(f"{folder}: there is no tokenizer.json; put it beside config.json to use text")
+    reader = nn.Module()
+    reader.netweight_tokenizer = Subwords(files_["tokenizer.json"].decode())
+    return files.load(data, model=reader).calibration
 
 
 class Shards:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from netweight.cli import common
+from netweight.core.errors import BadInput
 
 if TYPE_CHECKING:
     from netweight.core.plan import Budget
@@ -24,6 +25,9 @@ def compress(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
     metric: common.MetricName = None,
     thorough: Annotated[bool, typer.Option("--thorough", help="More examples and more search.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Block by block: for a checkpoint larger than memory.")
+    ] = False,
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> bool:
@@ -33,6 +37,8 @@ def compress(
     from netweight.planning import float_bytes
     from netweight.report import table
 
+    if stream:
+        return block_by_block(model, data, Budget.parse(budget), method, out, resume, json)
     ceilings, inside = Budget.parse(budget), common.perturbation(within)
     with common.working():
         original, _ = common.open_model(model)
@@ -54,6 +60,25 @@ def compress(
     for name in missed:
         typer.echo(f"the budget {name} is missed; report.html says by how much", err=True)
     return not missed
+
+
+def block_by_block(
+    folder: str, data: str, budget: Budget, method: str, out: Path | None, resume: bool, json: bool
+) -> bool:
+    """Compress a checkpoint that need not fit into memory; evidence is left to `netweight compare`."""
+    from netweight import streaming
+    from netweight.report import table
+
+    if out is None:
+        raise BadInput("--stream writes a folder and needs its name; give for example --out small")
+    with common.working():
+        tokens = streaming.calibration(folder, data)
+        how = "gptq" if method == "auto" else method
+        plan = streaming.compress_folder(folder, tokens, budget, out, method=how, resume=resume)
+    common.answer({"out": str(out), "plan": plan.to_json()}, lambda: table.plan(plan), as_json=json)
+    if not json:
+        typer.echo(f"written to {out}; netweight compare {folder} {out} shows what that did")
+    return True
 
 
 def over_budget(budget: Budget, found: Evidence, out: Path | None) -> list[str]:

@@ -119,7 +119,6 @@ def inverse_factor(H: Float[Tensor, "n d d"], damping: float) -> Float[Tensor, "
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)
     mean = torch.where(mean > 0, mean, 1.0)
-    H = H + torch.diag_embed(torch.where(diagonal > 0, 0.0, mean))  # an input that is never active
     extra = damping * mean
     while True:
         R, failed = torch.linalg.cholesky_ex((H + torch.diag_embed(extra.expand_as(diagonal))).flip(-1, -2))

@@ -21,6 +21,7 @@ class System:
 
     room: the folder the method lies in. method: its function. settings: its dataclass of settings.
     reproduction: the module whose `reproduce(seed=, quick=)` returns the Claim. tags: what one looks for;
+    "learnt" is a method that trains, so that the planner prices it by plain rounding on the same grid.
     "whole network" is a method that changes more than the weights of one layer, so that no planner mixes it.
     """
 
@@ -64,7 +65,8 @@ SYSTEMS = (
     ),
     System(
         "adaround", "AdaRound: up or down is learnt, layer by layer", "ICML", 2020, "compression",
-        f"{_C}.adaround:adaround", "netweight.reproduce.gptq", f"{_C}.adaround:AdaRound", ("weights", "grid", "calibration"),
+        f"{_C}.adaround:adaround", _SURVEY, f"{_C}.adaround:AdaRound",
+        ("weights", "grid", "calibration", "learnt"),
     ),
     System(
         "smoothquant", "SmoothQuant: outliers of activations moved into weights", "ICML", 2023, "compression",

@@ -39,6 +39,7 @@ COPIES = frozenset([
 ])
 # fmt: on
 VIEWS = frozenset(["aten.view", "aten._unsafe_view"])
+FILLED = frozenset(["aten.full_like", "aten.zeros_like", "aten.ones_like"])
 FIRST_OF = frozenset(["aten._native_batch_norm_legit_no_training"])  # tuples of which only item 0 matters
 
 
@@ -260,6 +261,8 @@ def _read(exported: Any) -> Graph:
             instead = _same_as(node, nodes)
             if instead is not None:
                 same[node.name] = instead
+            elif node.op in FILLED:
+                constants[node.name] = call(node, {**node.params, "self": torch.zeros(node.shape)})
             elif all(name in constants for name in node.inputs):
                 with torch.no_grad():
                     constants[node.name] = call(node, _filled(node.params, constants))

@@ -33,6 +33,7 @@ from jaxtyping import Bool, Float, Int
 SLACK = 1e-12  # a sum of costs may pass its ceiling by this share: the rounding of the sum
 STATES, PAIRS = 1_500_000, 20_000_000  # listed in one half; of both halves
 CHUNK = 1_000_000  # pairs looked at together
+ATTEMPTS, TOLERANCE = 10, 1e-6  # of the integer programme; of its solver
 GROWTH = 1.3  # of the limit on sum g from round to round
 
 
@@ -305,7 +306,7 @@ def programme(problem: Problem) -> Int[np.ndarray, " groups"] | None:
         LinearConstraint(one_each(problem), lb=1.0, ub=1.0),
         LinearConstraint((extra / scale).T, ub=(problem.ceiling - problem.cost[base].sum(0)) / scale),
     ]
-    while True:
+    for attempt in range(3 * ATTEMPTS):
         with silent():
             found = milp(
                 value / (value.max() or 1.0),
@@ -322,6 +323,9 @@ def programme(problem: Problem) -> Int[np.ndarray, " groups"] | None:
         taken = np.zeros(len(value))  # it fits within the solver's tolerance alone: forbid it, look again
         taken[plan] = 1
         limits.append(LinearConstraint(taken, ub=len(plan) - 1))
+        if attempt >= ATTEMPTS:  # there are many such plans: stay clear of the ceilings
+            limits[1] = LinearConstraint(limits[1].A, ub=limits[1].ub - TOLERANCE)
+    return None
 
 
 @contextlib.contextmanager

@@ -20,6 +20,8 @@ import numpy as np
 from netweight.core.errors import BadInput, ImpossibleBudget, unknown
 from netweight.core.knapsack import SLACK, solve
 
+TELLING = ("bits", "symmetric", "group", "sparsity", "keep", "of")  # shown in tables and plots
+
 
 @dataclass(frozen=True)
 class Option:
@@ -44,8 +46,8 @@ class Option:
 
     @property
     def label(self) -> str:
-        """method(setting=value, ...) in one line."""
-        inside = ", ".join(f"{k}={v}" for k, v in self.settings.items())
+        """method(setting=value, ...) in one line, with the settings that tell options of one plan apart."""
+        inside = ", ".join(f"{k}={v}" for k, v in self.settings.items() if k in TELLING)
         return f"{self.method}({inside})" if inside else self.method
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from netweight.attacks.disagree import disagree
 from netweight.attacks.pgd import pgd
+from netweight.core import progress
 from netweight.core.intervals import clopper_pearson
 from netweight.core.perturbation import Perturbation, with_range
 from netweight.core.result import FOUND, Row
@@ -23,6 +24,7 @@ from netweight.core.task import Task
 from netweight.evidence.average import evaluating, run
 
 SHOWN = 8  # disagreements kept as JSON values
+BATCH = 25  # examples attacked together: small enough for a bar that moves
 NUMBERS = 4096  # an input of more is left out of them
 
 
@@ -77,7 +79,7 @@ def search(
     within = with_range(within, data.low, data.high)
     how = {"steps": steps, "restarts": restarts, "seed": seed}
     broken, parted, points, classes = [], [], [], []
-    for x, y in data:
+    for x, y in progress.steps(data.batched(BATCH), "Attacking", total=-(-len(data) // BATCH)):
         attacks = [pgd(network, x, y, within, **how) for network in (original, small)]
         apart = disagree(original, small, x, within, **how)
         tried = [found.points.cpu() for found in (*attacks, apart)]

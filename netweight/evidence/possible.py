@@ -11,6 +11,7 @@ other, example by example.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,7 +97,7 @@ def rows(
     method = f"{how}: both networks proven to have the same class; Clopper-Pearson"
     return [
         first,
-        Row(POSSIBLE, "agreement proven", 1.0, same / n, low, high, n, method, arithmetic, "share"),
+        Row(POSSIBLE, "agreement proven", math.nan, same / n, low, high, n, method, arithmetic, "share"),
     ]
 
 

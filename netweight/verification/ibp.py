@@ -47,7 +47,7 @@ def certain(found: Any) -> Any:
     """Intervals with every NaN replaced by an infinity on its side."""
     if isinstance(found, tuple):
         return tuple(certain(item) for item in found)
-    if not found.lower.is_floating_point():
+    if found is None or not found.lower.is_floating_point():
         return found
     return Interval(
         found.lower.nan_to_num(-math.inf, math.inf, -math.inf),

@@ -161,7 +161,9 @@ def powered(x: Interval, exponent: float, unit: float) -> Interval:
     elif exponent % 2 == 0:
         x = absolute(x)
     lower, upper = x.lower**exponent, x.upper**exponent
-    return widened(lower, upper, Interval(lower, upper).size, ELEMENTARY + int(exponent), unit)
+    # an exponent that is not whole is rounded, which moves the power by up to 128 exponent u of its size
+    terms = ELEMENTARY + int(exponent if exponent == int(exponent) else 128 * (exponent + 1))
+    return widened(lower, upper, Interval(lower, upper).size, terms, unit)
 
 
 def wave(x: Interval, peak: float, f: Callable[[Tensor], Tensor], unit: float) -> Interval:
@@ -181,16 +183,23 @@ def wave(x: Interval, peak: float, f: Callable[[Tensor], Tensor], unit: float) -
 # Truth ---------------------------------------------------------------------------------------------------
 
 
-def above(a: Any, b: Any, strict: bool) -> Interval:
+def threshold(value: Any, unit: float) -> Interval:
+    """What is compared; a plain number is rounded to the precision of the network first."""
+    slack = 0.0 if isinstance(value, Interval | Tensor) else 2 * unit * abs(value)
+    value = interval(value)
+    return Interval(value.lower - slack, value.upper + slack) if slack else value
+
+
+def above(a: Any, b: Any, strict: bool, unit: float) -> Interval:
     """a > b or a >= b."""
-    a, b = interval(a), interval(b)
+    a, b = threshold(a, unit), threshold(b, unit)
     compare = torch.gt if strict else torch.ge
     return Interval(compare(a.lower, b.upper), compare(a.upper, b.lower))
 
 
-def equal(a: Any, b: Any) -> Interval:
+def equal(a: Any, b: Any, unit: float) -> Interval:
     """a == b."""
-    a, b = interval(a), interval(b)
+    a, b = threshold(a, unit), threshold(b, unit)
     certain = (a.lower == a.upper) & (b.lower == b.upper) & (a.lower == b.lower)
     return Interval(certain, (a.lower <= b.upper) & (b.lower <= a.upper))
 

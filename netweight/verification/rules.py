@@ -39,11 +39,21 @@ def exact(node: Node, p: Params, unit: float) -> Any:
     lower, upper = call(node, side(p, "lower")), call(node, side(p, "upper"))
     if isinstance(lower, Tensor):
         return Interval(lower, upper)
-    return tuple(Interval(a, b) for a, b in zip(lower, upper))
+    return tuple(Interval(a, b) if a.dtype == lower[0].dtype else None for a, b in zip(lower, upper))
+
+
+def limited(node: Node, p: Params, unit: float) -> Interval:
+    """Operators that rise and bring in a plain number, which is rounded to the precision of the network."""
+    found = exact(node, p, unit)
+    return widened(found.lower, found.upper, found.size, 1, unit)
 
 
 def rising(node: Node, p: Params, unit: float) -> Interval:
     """Rising elementary functions."""
+    if p.get("alpha", 1) < 0 or p.get("beta", 1) < 0:
+        raise DoesNotFit(
+            f"{node.name}: no bounds are known for {node.op} with a negative factor; use a positive"
+        )
     found = exact(node, p, unit)
     return widened(found.lower, found.upper, found.size, ELEMENTARY, unit)
 
@@ -225,7 +235,10 @@ def norm(node: Node, p: Params, unit: float) -> Interval:
 
 def item(node: Node, p: Params, unit: float) -> Interval:
     """One of several results."""
-    return p["self"][p["index"]]
+    found = p["self"][p["index"]]
+    if found is None:
+        raise DoesNotFit(f"{node.name}: no bounds are known for places of extremes; use their values alone")
+    return found
 
 
 def known(node: Node, p: Params, unit: float) -> Interval:
@@ -257,6 +270,15 @@ def converted(node: Node, p: Params, unit: float) -> Interval:
             )
         return exact(node, p, unit)
     return widened(x.lower.double(), x.upper.double(), x.size.double(), 1, unit)
+
+
+def truth(node: Node, p: Params, unit: float) -> Interval:
+    """and, or, not, any, all of truth values."""
+    if any(x.lower.dtype != torch.bool for x in p.values() if isinstance(x, Interval)):
+        raise DoesNotFit(
+            f"{node.name}: no bounds are known for {node.op} of numbers; compare them with 0 first"
+        )
+    return relax.no(p["self"]) if node.op.endswith("_not") else exact(node, p, unit)
 
 
 def plus(sign: int) -> Rule:
@@ -301,14 +323,16 @@ def rule_of(node: Node) -> Rule:
 
 # fmt: off
 EXACT = [
-    "relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "maximum", "minimum", "max_pool1d",
+    "relu", "maximum", "minimum", "max_pool1d",
     "max_pool2d", "max_pool3d", "adaptive_max_pool2d", "amax", "amin", "max", "min", "sign", "round",
-    "floor", "ceil", "trunc", "logical_and", "logical_or", "any", "all", "reshape", "permute",
+    "floor", "ceil", "trunc", "reshape", "permute",
     "transpose", "t", "expand", "unsqueeze", "squeeze", "select", "slice", "cat", "stack", "flip",
-    "roll", "repeat", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d",
+    "roll", "repeat", "reflection_pad1d", "reflection_pad2d", "replication_pad2d",
     "split_with_sizes", "unbind", "tril", "triu", "diagonal", "slice_scatter", "select_scatter",
     "pixel_shuffle", "upsample_nearest1d", "upsample_nearest2d", "unfold", "im2col", "sort",
 ]
+TRUTH = ["logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "any", "all"]
+LIMITED = ["hardtanh", "clamp", "clamp_min", "clamp_max", "constant_pad_nd"]
 RISING = [
     "sigmoid", "tanh", "exp", "expm1", "log", "log1p", "log2", "log10", "elu", "softplus",
     "hardsigmoid", "erf", "atan", "asinh", "sinh",
@@ -323,6 +347,8 @@ RULES: Mapping[str, Rule] = {
     **{f"aten.{name}": exact for name in EXACT},
     **{f"aten.{name}": rising for name in RISING},
     **{f"aten.{name}": summed for name in SUMMED},
+    **{f"aten.{name}": truth for name in TRUTH},
+    **{f"aten.{name}": limited for name in LIMITED},
     **{f"aten.{name}": known for name in ("embedding", "gather", "index", "index_select")},
     "getitem": item,
     "aten._to_copy": converted,
@@ -363,13 +389,11 @@ RULES: Mapping[str, Rule] = {
     "aten.rsqrt": lambda node, p, unit: relax.powered(p["self"], -0.5, unit),
     "aten.sin": lambda node, p, unit: relax.wave(p["self"], math.pi / 2, torch.sin, unit),
     "aten.cos": lambda node, p, unit: relax.wave(p["self"], 0.0, torch.cos, unit),
-    "aten.gt": lambda node, p, unit: relax.above(p["self"], p["other"], True),
-    "aten.ge": lambda node, p, unit: relax.above(p["self"], p["other"], False),
-    "aten.lt": lambda node, p, unit: relax.above(p["other"], p["self"], True),
-    "aten.le": lambda node, p, unit: relax.above(p["other"], p["self"], False),
-    "aten.eq": lambda node, p, unit: relax.equal(p["self"], p["other"]),
-    "aten.ne": lambda node, p, unit: relax.no(relax.equal(p["self"], p["other"])),
-    "aten.logical_not": lambda node, p, unit: relax.no(p["self"]),
-    "aten.bitwise_not": lambda node, p, unit: relax.no(p["self"]),
+    "aten.gt": lambda node, p, unit: relax.above(p["self"], p["other"], True, unit),
+    "aten.ge": lambda node, p, unit: relax.above(p["self"], p["other"], False, unit),
+    "aten.lt": lambda node, p, unit: relax.above(p["other"], p["self"], True, unit),
+    "aten.le": lambda node, p, unit: relax.above(p["other"], p["self"], False, unit),
+    "aten.eq": lambda node, p, unit: relax.equal(p["self"], p["other"], unit),
+    "aten.ne": lambda node, p, unit: relax.no(relax.equal(p["self"], p["other"], unit)),
     "aten.where": lambda node, p, unit: relax.chosen(p["condition"], p["self"], p["other"]),
 }

@@ -143,6 +143,13 @@ def test_inputs_that_span_a_line_are_damped_until_they_can_be_treated(damping):
     assert torch.equal(code.decode()[4:], nearest.decode()[4:])
 
 
+def test_sums_that_rounding_made_indefinite_are_damped_until_they_can_be_treated():
+    weight, gram = problem(7)
+    gram -= 0.02 * gram.diagonal(dim1=1, dim2=2).mean() * torch.eye(12).double()
+    assert torch.linalg.eigvalsh(gram).min() < 0
+    assert encode(weight, gram, GPTQ(damping=1e-6)).decode().isfinite().all()
+
+
 def test_error_on_the_calibration_inputs_is_far_below_rounding():
     ratios = []
     for seed in range(10):

@@ -59,6 +59,7 @@ def test_refuses_what_does_not_fit_and_nonsense():
         nm_magnitude(model, tiny_task(), ["1"], NMMagnitude())
     model[2].weight.data[0, 0] = torch.nan
     assert "NaN" in nm_magnitude(model, tiny_task(), ["2"], NMMagnitude()).left["2"]
+    assert encode(torch.arange(256.0)[None], 1, NMMagnitude(keep=1, of=256).of).places.tolist() == [[255]]
     for keep, of in [(0, 4), (4, 4), (5, 4), (2, 257)]:
         with pytest.raises(ValueError, match=f"keep={keep}, of={of}"):
             NMMagnitude(keep=keep, of=of)

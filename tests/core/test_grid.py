@@ -45,6 +45,8 @@ def test_scale_and_zero_by_hand():
     assert scale.tolist() == pytest.approx([6.5 / 3, 5.0, 1.0], rel=1e-3) and zero.tolist() == [4, 4, 4]
     scale, zero = scale_and_zero(torch.zeros(1), torch.zeros(1), Grid(8))
     assert scale.tolist() == [1.0] and zero.tolist() == [0]
+    scale, _ = scale_and_zero(torch.tensor([0.0, 0.0]), torch.tensor([1.0, 1e-6]), Grid(8))
+    assert scale.dtype == torch.float32 and torch.allclose(scale, torch.tensor([1.0, 1e-6]) / 255)
 
 
 def test_levels():

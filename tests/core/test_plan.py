@@ -205,7 +205,7 @@ def test_plans_survive_json():
     )
     plan = Plan({"a": choice, "b": option("b", 2, 1e-9)}, 12.5)
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
-    assert again == plan and choice.label == "clip(bits=4, range=mse, widths=(1, 2), x=None)"
+    assert again == plan and choice.label == "clip(bits=4)"
     assert Option("a", "keep", {}, {}, 0.0).label == "keep"
     row = plan.to_json()["choices"][0]
     wrong = [

@@ -93,6 +93,7 @@ FUNCTIONS = {
     "slice, pad, permute": lambda x: F.pad(images(x)[:, :, ::2, 1:], (1, 0, 0, 0, 1, 2)).permute(0, 2, 3, 1),
     "constant pad": lambda x: F.pad(x, (2, 3), value=0.7),
     "gather": lambda x: x[:, [3, 1, 1]].index_select(1, torch.tensor([2, 0])),
+    "sort": lambda x: x.sort(1).values,
     "max over an axis": lambda x: images(x).max(1).values + images(x).amin(1),
     "sum and mean": lambda x: images(x).sum((1, 2)) + images(x).mean((1, 2)),
     "cumsum": lambda x: x.cumsum(1),
@@ -285,6 +286,10 @@ def test_operators_without_bounds_are_named():
         bounds(Function(lambda x: x.norm(3, dim=1)), x, Linf(0.1))
     with pytest.raises(DoesNotFit, match="division that rounds"):
         bounds(Function(lambda x: torch.div(x, 2, rounding_mode="floor")), x, Linf(0.1))
+    with pytest.raises(DoesNotFit, match="places of extremes"):
+        bounds(Function(lambda x: x.gather(1, x.max(1, keepdim=True).indices)), x, Linf(0.1))
+    with pytest.raises(DoesNotFit, match="of numbers; compare"):
+        bounds(Function(lambda x: torch.where(x.logical_not(), x, -x)), x, Linf(0.1))
     with pytest.raises(DoesNotFit, match="conversion to torch.int64"):
         bounds(Function(lambda x: x.long().float()), x, Linf(0.1))
 
