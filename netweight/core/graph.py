@@ -262,7 +262,8 @@ def _read(exported: Any) -> Graph:
             if instead is not None:
                 same[node.name] = instead
             elif node.op in FILLED:
-                constants[node.name] = call(node, {**node.params, "self": torch.zeros(node.shape)})
+                like = torch.zeros(node.shape, dtype=node.dtype, device=found.meta["val"].device)
+                constants[node.name] = call(node, {**node.params, "self": like})
             elif all(name in constants for name in node.inputs):
                 with torch.no_grad():
                     constants[node.name] = call(node, _filled(node.params, constants))

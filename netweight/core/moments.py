@@ -26,6 +26,8 @@ from netweight.core.errors import DoesNotFit
 from netweight.core.progress import steps
 from netweight.core.task import Data
 
+AT_ONCE = 2**24  # products of single examples that are in memory together
+
 
 @dataclass
 class Moments:
@@ -134,7 +136,7 @@ def _collect(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[str, M
         flat = flat.reshape(-1, flat.shape[-1])
         size = flat.abs()
         new = Moments(
-            gram=(columns @ columns.transpose(2, 3)).double().sum(0),
+            gram=_gram(columns),
             total=columns.sum(3).double().sum(0),
             magnitude=size.sum(0).double() / len(flat) * positions,
             largest=size.amax(0).double(),
@@ -152,6 +154,13 @@ def _collect(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[str, M
         if layer not in found:
             raise DoesNotFit(f"{layer}: the layer is never called on the calibration data; leave it out")
     return {layer: _mean(found[layer], len(data)) for layer in layers}
+
+
+def _gram(columns: Float[Tensor, "b groups d n"]) -> Float[Tensor, "groups d d"]:
+    """The sum of x x^T over examples and positions; few examples at a time where the products are large."""
+    groups, d = columns.shape[1:3]
+    some = columns.split(max(AT_ONCE // (groups * d * d), 1))
+    return torch.stack([(part @ part.mT).double().sum(0) for part in some]).sum(0)
 
 
 def _sum(a: Moments, b: Moments) -> Moments:

@@ -69,7 +69,8 @@ def _found(name: str) -> nn.Module:
     path = Path(name)
     if path.is_dir():
         return _folder(path)
-    match path.suffix.lower():
+    kind = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix  # .onnx.gz as well
+    match kind.lower():
         case ".onnx":
             path = io.existing_file(path, "an ONNX network")
             return named("netweight.models.onnx_reader:read")(path)

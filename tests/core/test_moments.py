@@ -41,7 +41,8 @@ def test_patches_times_the_weight_are_the_outputs(name):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_moments_are_their_definitions(name):
+def test_moments_are_their_definitions(name, monkeypatch):
+    monkeypatch.setattr("netweight.core.moments.AT_ONCE", 200)  # a few examples at a time
     layer, shape = LAYERS[name]
     model = nn.Sequential(layer.float())
     x = torch.randn(7, *shape, generator=torch.Generator().manual_seed(1))

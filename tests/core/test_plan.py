@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 import time
 
@@ -245,6 +246,44 @@ def test_when_too_much_is_open_the_integer_programme_agrees(monkeypatch, capfd):
         assert worth[0] == pytest.approx(worth[1], rel=1e-6) and worth[0] <= worth[1] + 1e-12
         assert (sum(c[i] for c, i in zip(costs, programmed)) <= np.array(ceilings) * (1 + 1e-12)).all()
     assert capfd.readouterr().out == ""
+
+
+def test_the_list_alone_is_as_good_as_the_integer_programme(monkeypatch):
+    for seed in range(40):
+        values, costs, ceilings = random_problem(14, seed)
+        problem = knapsack.Problem(
+            np.repeat(np.arange(14), 8), np.concatenate(values), np.concatenate(costs), np.array(ceilings)
+        )
+        best = problem.worth(knapsack.programme(problem))
+        with monkeypatch.context() as patch:
+            patch.setattr(knapsack, "programme", lambda _: pytest.fail("the list was not enough"))
+            picks = knapsack.solve(values, costs, ceilings)
+        assert sum(v[i] for v, i in zip(values, picks)) <= best * (1 + 1e-12)
+
+
+def test_the_bound_is_tight_and_holds():
+    values, costs, ceilings = random_problem(300, 3)
+    problem = knapsack.Problem(
+        np.repeat(np.arange(300), 8), np.concatenate(values), np.concatenate(costs), np.array(ceilings)
+    )
+    m = knapsack.multipliers(problem)
+    plan = knapsack.good_plan(problem, m)
+    assert 0 < knapsack.gap_of(problem, m, plan) < 0.01 * problem.worth(plan)
+
+
+def test_of_options_that_match_the_first_is_left():
+    values, costs = (
+        [np.array([1.0, 1.0, 2.0, 0.5])],
+        [np.array([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [2.0, 1.0]])],
+    )
+    assert knapsack.undominated(values, costs).tolist() == [True, False, False, True]
+
+
+def test_nothing_reaches_standard_output(capfd):
+    with knapsack.silent():
+        os.write(1, b"a solver's remark")
+    os.write(1, b"heard")
+    assert capfd.readouterr().out == "heard"
 
 
 def test_the_integer_programme_alone_finds_a_plan_or_says_there_is_none(monkeypatch):

@@ -38,6 +38,7 @@ def test_it_runs_with_the_decoded_weight(kind):
     assert torch.equal(small(x), expected(x)) and torch.equal(small.plain()(x), expected(x))
     assert not torch.equal(small(x), layer(x))
     assert type(small.plain()) is type(layer) and isinstance(small.plain().weight, nn.Parameter)
+    assert not {*map(id, small.plain().parameters())} & {*map(id, layer.parameters())}
     assert torch.equal(small.weight, expected.weight) and small.bias is getattr(layer, "bias", None)
 
 

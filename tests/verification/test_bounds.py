@@ -14,7 +14,7 @@ from netweight.core.perturbation import Linf
 from netweight.core.plan import Plan
 from netweight.core.task import Data
 from netweight.testing import tiny_language_model, tiny_model, tiny_task
-from netweight.verification.bounds import bounds, certify, equivalence, margins
+from netweight.verification.bounds import Certificates, bounds, certify, equivalence, margins
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,18 @@ def test_an_objective_is_multiplied_with_the_last_layer_first():
     )
     torch.testing.assert_close(apart.upper, torch.tensor([[3.0, 4.0]]).double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(apart.lower, torch.tensor([[-2.0, -2.0]]).double(), rtol=0, atol=1e-5)
+
+
+def test_rows_of_an_objective_cover_float32():
+    """In float32 1e8 + 1 - 1e8 is 0 or 1, in real numbers 1: in a product, and where a bias is added."""
+    model, x = nn.Linear(3, 2), torch.ones(1, 3)
+    for weight, bias in (
+        ([[1e8, 1.0, -1e8], [0.0] * 3], [0.0, 0.0]),
+        ([[0.0, 1.0, 0.0], [0.0] * 3], [1e8, 1e8]),
+    ):
+        model.weight.data, model.bias.data = torch.tensor(weight), torch.tensor(bias)
+        found = bounds(model, x, Linf(0.0), objective=torch.tensor([[[1.0, -1.0]]]))
+        assert found.lower.item() <= 0 and 1 <= found.upper.item() < 200
 
 
 def test_rows_of_an_objective_hold_for_sampled_points():
@@ -128,6 +140,13 @@ def test_certificates_say_verified_unknown_or_wrong(labelled):
         "verified share": (4 - wrong) / 5,
         "arithmetic": "float32",
     }
+
+
+def test_a_wrong_prediction_is_never_verified():
+    found = Certificates(
+        torch.zeros(2).long(), torch.tensor([True, False]), torch.ones(2).double(), "ibp", "float64"
+    )
+    assert found.verified.tolist() == [True, False]
 
 
 def test_nothing_verified_can_be_sampled_away():

@@ -248,6 +248,15 @@ def test_float32_rounding_is_inside_and_real_arithmetic_is_not_enough():
     )
 
 
+def test_numbers_are_compared_in_the_precision_of_the_network():
+    x = torch.tensor([[0.1, 0.2]])  # 0.1 in float32 lies above 0.1
+    for function in (lambda x: torch.where(x > 0.1, 1.0, 0.0), lambda x: torch.where(x == 0.1, 1.0, 0.0)):
+        found = bounds(Function(function), x, Linf(0.0))
+        y = function(x)
+        assert (found.lower <= y).all() and (y <= found.upper).all()
+        assert found.lower[0, 1] == found.upper[0, 1] == y[0, 1]
+
+
 @given(seed=st.integers(0, 2**20), depth=st.integers(1, 4))
 @settings(max_examples=8, deadline=None)
 def test_no_point_leaves_the_bounds_of_a_random_network(seed, depth):
