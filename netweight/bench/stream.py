@@ -38,7 +38,7 @@ print(json.dumps({"before": before * 1024, "peak": peak * 1024}))
 """
 
 
-def bench(*, width: int = 1536, depths: tuple[int, ...] = (6, 24), method: str = "rtn") -> dict[str, Any]:
+def bench(*, width: int = 1536, depths: tuple[int, ...] = (4, 20), method: str = "rtn") -> dict[str, Any]:
     """Bytes of checkpoint and result, peak bytes above an idle process, and seconds, for each depth."""
     rows = []
     for depth in depths:
