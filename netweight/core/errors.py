@@ -17,6 +17,7 @@ EXTRAS = {
     "compressed_tensors": "llm",
     "onnx": "onnx",
     "onnxruntime": "onnx",
+    "onnxscript": "onnx",
     "openvino": "openvino",
     "ray": "ray",
     "torch_geometric": "graph",

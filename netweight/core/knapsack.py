@@ -197,9 +197,9 @@ def listed(problem: Problem, m: Float[np.ndarray, " k"], limit: float) -> Int[np
     base = problem.least(reduced)
     above = reduced - reduced[base[problem.group]]
     decided = np.bincount(problem.group) == 1
-    nearest = np.minimum.reduceat(
-        np.where(above > 0, above, np.inf), np.flatnonzero(np.diff(problem.group, prepend=-1))
-    )
+    others = above.copy()
+    others[base] = np.inf
+    nearest = np.minimum.reduceat(others, np.flatnonzero(np.diff(problem.group, prepend=-1)))
     open_ = np.flatnonzero(~decided)
     open_ = open_[np.argsort(-nearest[open_], kind="stable")]  # those that split often come last
     one, other = Half(problem, above, limit), Half(problem, above, limit)

@@ -271,6 +271,13 @@ def test_the_bound_is_tight_and_holds():
     assert 0 < knapsack.gap_of(problem, m, plan) < 0.01 * problem.worth(plan)
 
 
+def test_partners_are_looked_for_in_the_whole_window():
+    group, value = np.array([0, 0, 1, 1]), np.array([0.0, 0.0, 0.0, 0.1])
+    problem = knapsack.Problem(group, value, np.array([[0.0], [0.01], [0.1], [0.0]]), np.array([1.02]))
+    plan = knapsack.listed(problem, np.array([1.0]), 1.0)  # of all plans those with the third option are best
+    assert list(plan)[1] == 2
+
+
 def test_of_options_that_match_the_first_is_left():
     values, costs = (
         [np.array([1.0, 1.0, 2.0, 0.5])],

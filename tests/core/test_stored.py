@@ -1,5 +1,6 @@
 """Frozen dataclasses as tensors and JSON: exact both ways; hostile descriptions are one sentence."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
@@ -40,6 +41,9 @@ def test_every_known_class_survives_json_and_tensors(thing):
     other, plain = take_apart(again)
     assert plain == settings and settings["is"] == type(thing).__name__ and other.keys() == tensors.keys()
     assert all(torch.equal(other[name], tensors[name]) for name in tensors)
+    for field in dataclasses.fields(thing):
+        value = getattr(thing, field.name)
+        assert isinstance(value, torch.Tensor) or getattr(again, field.name) == value
     assert {type(t).__name__ for t in THINGS} == set(stored.KNOWN)
 
 
@@ -73,7 +77,8 @@ def test_a_file_cannot_name_other_code_or_other_fields():
     tensors, settings = take_apart(THINGS[0])
     refused(tensors, {**settings, "is": "os.system"})
     refused(tensors, {k: v for k, v in settings.items() if k != "is"})
-    refused(tensors, {**settings, "extra": 1})
+    with pytest.raises(BadInput, match="^stored form Affine: it has no extra$"):
+        put_together(tensors, {**settings, "extra": 1})
     refused({**tensors, "extra": WEIGHT}, settings)
     refused({k: v for k, v in tensors.items() if k != "scale"}, settings)
     refused(tensors, {k: v for k, v in settings.items() if k != "shape"})

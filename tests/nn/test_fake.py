@@ -13,7 +13,10 @@ def test_by_hand():
     assert (float(rounding.scale), float(rounding.zero)) == (0.5, 2.0)
     x = torch.tensor([-9.0, -1.0, -0.75, -0.25, 0.0, 0.24, 0.75, 6.3, 9.0])
     assert rounding(x).tolist() == [-1.0, -1.0, -1.0, 0.0, 0.0, 0.0, 1.0, 6.5, 6.5]  # half to even
-    assert StaticRounding.of(-1.0, 6.5).bits == 8 and DynamicRounding().bits == 8
+    assert (
+        StaticRounding.of(-1.0, 6.5).bits == StaticRounding(*grid_of(x[0], x[1], 8)).bits == 8
+        and DynamicRounding().bits == 8
+    )
 
 
 @given(
@@ -46,6 +49,9 @@ def test_gradients_pass_inside_and_stop_outside():
     x = torch.tensor([-2.0, -0.3, 0.1, 0.9, 5.0], requires_grad=True)
     StaticRounding.of(-1.0, 1.0, 3).module()(x).sum().backward()
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
+    x = torch.tensor([-0.01, 0.01, 14.99, 15.01], requires_grad=True)
+    StaticRounding.of(0.0, 15.0, 4).module()(x).sum().backward()
+    assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
     x = torch.tensor([[-2.0, 0.3, 1.0], [0.0, 0.1, 0.2]], requires_grad=True)
     (DynamicRounding(4).module()(x) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
     assert x.grad[:, 1].tolist() == [2.0, 2.0]
