@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,4 +27,18 @@ def bench(
         raise unknown("bench", name, BENCHES)
     with common.working():
         measured = named(BENCHES[name])()
-    common.answer(measured, lambda: common.lines(measured), as_json=json)
+    common.answer(measured, lambda: table(measured), as_json=json)
+
+
+def table(measured: dict[str, Any]) -> str:
+    """The single figures a line each, then the figures of each row."""
+    from netweight.core.result import short
+
+    rows = [
+        "\n".join(
+            f"  {name.replace('_', ' ')}: {short(v) if isinstance(v, float) else v}"
+            for name, v in row.items()
+        )
+        for row in measured.get("rows", [])
+    ]
+    return "\n\n".join([common.lines(measured), *rows])

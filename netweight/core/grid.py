@@ -132,6 +132,11 @@ def unpack(packed: UInt8[Tensor, " bytes"], bits: int, count: int) -> UInt8[Tens
     """The first `count` codes of `pack`."""
     if bits == 8:
         return packed[:count]
+    if (
+        8 % bits == 0
+    ):  # whole codes in every byte: several times as fast, and the runtime decodes on each call
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        return ((packed[:, None] >> shifts) & (2**bits - 1)).reshape(-1)[:count]
     words = -(-len(packed) // bits)
     whole = torch.zeros(words * bits, dtype=torch.uint8, device=packed.device)
     whole[: len(packed)] = packed

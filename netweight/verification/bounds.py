@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
+from netweight.core import progress
 from netweight.core.compressed import Compressed
 from netweight.core.errors import BadInput, DoesNotFit, unknown
 from netweight.core.graph import Graph, capture, evaluate
@@ -121,7 +122,8 @@ def certify(
     batch = min(data.batch, len(data))
     graph = capture(model, data.x[:batch])
     how = _how(graph, method, arithmetic)
-    parts = [_certify(graph, x, y, within, how) for x, y in data.batched(batch)]
+    batches = progress.steps(data.batched(batch), "Proving", total=-(-len(data) // batch))
+    parts = [_certify(graph, x, y, within, how) for x, y in batches]
     labels, correct, margin = (torch.cat(part) for part in zip(*parts))
     return Certificates(labels, correct, margin, *how)
 
