@@ -84,10 +84,11 @@ def plan(
     layers = planned_layers(model, budget)
     tables = [layer for layer in layers if isinstance(model.get_submodule(layer), nn.Embedding)]
     rest = [layer for layer in layers if layer not in tables]
-    priced = options(model, task, rest, candidates(method), distortion=distortion)
+    how = {"distortion": distortion, "timed": budget.latency is not None}
+    priced = options(model, task, rest, candidates(method), **how)
     if tables:
         by_hand = candidates(AUTO_TABLES if method == "auto" else method)
-        priced += options(model, task, tables, by_hand, distortion=distortion)
+        priced += options(model, task, tables, by_hand, **how)
     if all(option.method == "keep" for option in priced):
         raise DoesNotFit(
             f"{method}: none of the {len(layers)} layers can be treated; choose another --method"

@@ -159,3 +159,11 @@ def test_resume_refuses_the_work_of_another_budget(model, task, tmp_path):
     pipeline.compress(model, task, Budget(bits=4), out=out)
     with pytest.raises(BadInput, match="run without --resume"):
         pipeline.compress(model, task, Budget(bits=5), out=out, resume=True)
+
+
+def test_budget_of_latency_is_planned_on_times_measured_here(model, task):
+    slow = pipeline.plan(model, task, Budget(latency=10.0), method="rtn", distortion="output")[0]
+    assert all(option.method == "keep" for option in slow.choices.values())
+    assert 0 < slow.cost("latency") < 10
+    with pytest.raises(ImpossibleBudget, match="smallest possible is latency="):
+        pipeline.plan(model, task, Budget(latency=1e-9), method="rtn", distortion="output")

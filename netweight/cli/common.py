@@ -52,6 +52,12 @@ Within = Annotated[
     typer.Option("--within", metavar="SET", help="Set of perturbed inputs, for example linf=0.01 or l2=0.5."),
 ]
 Method = Annotated[str, typer.Option(metavar="SLUG", help="A method of `netweight methods`, or auto.")]
+DistortionName = Annotated[
+    str,
+    typer.Option(
+        "--distortion", metavar="NAME", help="What is kept small: kl, output, network or curvature."
+    ),
+]
 MetricName = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="accuracy, loss, perplexity or mse; by default what fits the labels."),

@@ -20,6 +20,7 @@ def compress(
     data: common.DataName,
     budget: common.BudgetText,
     method: common.Method = "auto",
+    distortion: common.DistortionName = "kl",
     within: common.Within = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder to write.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped.")] = False,
@@ -43,7 +44,9 @@ def compress(
     with common.working():
         original, _ = common.open_model(model)
         task = common.open_task(data, original, metric)
-        small = pipeline.compress(original, task, ceilings, method=method, out=out, resume=resume)
+        small = pipeline.compress(
+            original, task, ceilings, method=method, out=out, resume=resume, distortion=distortion
+        )
         found = pipeline.compare(original, small, task, within=inside, thorough=thorough, seed=seed)
         if out is not None:
             pipeline.write(out, original, small, found, task)

@@ -15,6 +15,7 @@ def plan(
     data: common.DataName,
     budget: common.BudgetText,
     method: common.Method = "auto",
+    distortion: common.DistortionName = "kl",
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.svg", help="Write distortion against cost as a picture.")
     ] = None,
@@ -30,7 +31,7 @@ def plan(
     with common.working():
         network, _ = common.open_model(model)
         task = common.open_task(data, network, metric)
-        chosen, options = pipeline.plan(network, task, ceilings, method=method)
+        chosen, options = pipeline.plan(network, task, ceilings, method=method, distortion=distortion)
     if plot is not None:
         from netweight.core import io
         from netweight.report import plots

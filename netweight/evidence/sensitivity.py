@@ -1,37 +1,44 @@
 """What each option of each layer costs, and how much it distorts: the table that the planner chooses from.
 
-Three measures of distortion, all non-negative and added up over layers by the planner:
+Four measures of distortion, all non-negative and added up over layers by the planner:
 
-    output    E |dW x|^2 / E |W x|^2: relative output error of the layer on calibration data
-    network   E mean_c (f(x) - f_l(x))^2 with ONLY layer l changed: additive output distortion of the whole
-    network
-              (Xu et al., ICCV 2023, arXiv:2308.10438, section 3), measured for every option
-    kl        E KL(softmax f(x) | softmax f_l(x)), measured for one reference option per layer and scaled by
-    the
-              options' output errors: for small changes the divergence is quadratic in the change (its
-              second-order term is the Fisher matrix), so one pass per layer prices all its options
+    output     E |dW x|^2 / E |W x|^2: relative output error of the layer on calibration data
+    network    E mean_c (f(x) - f_l(x))^2 with ONLY layer l changed: additive output distortion of the whole
+               network (Xu et al., ICCV 2023, arXiv:2308.10438), measured for every option
+    kl         E KL(softmax f(x) | softmax f_l(x)), measured for one reference option per layer and scaled by
+               the options' output errors: small changes act quadratically (the second-order term of the
+               divergence is the Fisher matrix), so one pass per layer prices all its options
+    curvature  tr(H_l) / n_l |dW|^2 / 2 with the Hessian of the loss (Dong et al., HAWQ-V2, arXiv:1911.03852)
+
+Latency is measured layer by layer on this machine, one example at a time, and only where a budget asks for
+it; what lies between the planned layers is not in it.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from netweight.core.compressed import WEIGHTED, Change, Packed, replace, weight_of
+from netweight.core.curvature import traces
 from netweight.core.errors import DoesNotFit, unknown
-from netweight.core.moments import Moments, moments
+from netweight.core.moments import Moments, moments, watched
 from netweight.core.plan import Option
 from netweight.core.progress import steps
 from netweight.core.task import Data, Task, outputs
 
-Distortion = Literal["output", "kl", "network"]
-DISTORTIONS = ("output", "kl", "network")
+Distortion = Literal["output", "kl", "network", "curvature"]
+DISTORTIONS = ("output", "kl", "network", "curvature")
+TIMED, WARM_UP = 7, 2  # runs of a layer of which the median counts; runs before them
 FLOAT_BITS = 32  # what an activation counts in bit operations while it is not rounded
 
 
@@ -44,6 +51,11 @@ class Candidate:
     settings: Any
 
 
+Priced = tuple[
+    Candidate, Packed, float
+]  # a candidate on one layer, its packed weight, its relative output error
+
+
 def options(
     model: nn.Module,
     task: Task,
@@ -52,42 +64,83 @@ def options(
     *,
     distortion: Distortion = "kl",
     examples: int = 128,
+    timed: bool = False,
 ) -> list[Option]:
     """Every candidate on every layer that it fits, and "keep"; costs are counted on the packed weight.
 
-    examples: calibration examples that "kl" and "network" run on. A candidate that does not fit a layer is
-    no option there. The model and the test data are not touched.
+    examples: calibration examples that "kl", "network" and "curvature" run on. timed: with a "latency" cost.
+    A candidate that does not fit a layer is no option there. The model and the test data are not touched.
     """
     if distortion not in DISTORTIONS:
         raise unknown("distortion", distortion, DISTORTIONS)
     _moments_of_all(model, task.calibration, layers)
-    judge = Judge(model, task.calibration.take(examples)) if distortion != "output" else None
+    price = _pricing(model, task.calibration.take(examples), layers, distortion)
+    inputs = _first_inputs(model, task.calibration, layers) if timed else {}
     found: list[Option] = []
     for layer in steps(layers, "Pricing the options of each layer"):
-        priced = _of_layer(model, task, layer, candidates)
-        errors = [error for _, _, error in priced]
-        if distortion == "output" or not priced:
-            distortions = errors
-        elif distortion == "network":
-            assert judge is not None
-            distortions = [judge.squared(layer, form) for _, form, _ in priced]
-        else:
-            assert judge is not None
-            distortions = _scaled(
-                errors, lambda i, layer=layer, priced=priced: judge.divergence(layer, priced[i][1])
-            )
-        weight = weight_of(model, layer)
+        module, weight = model.get_submodule(layer), weight_of(model, layer)
         macs = weight.numel() * _positions(model, task.calibration, layer)
-        for (candidate, form, _), value in zip(priced, distortions):
-            width = form.bits() / weight.numel()
-            cost = {
-                "bits": float(form.bits()),
-                "weights": float(weight.numel()),
-                "bops": macs * width * FLOAT_BITS,
-            }
+        priced = _of_layer(model, task, layer, candidates)
+        plain = keep(layer, weight, macs)
+        if timed:
+            plain = dataclasses.replace(
+                plain, cost={**plain.cost, "latency": _seconds(module, inputs[layer])}
+            )
+        for (candidate, form, _), value in zip(priced, price(layer, priced)):
+            cost = {"bits": float(form.bits()), "weights": float(weight.numel())}
+            cost["bops"] = macs * form.bits() / weight.numel() * FLOAT_BITS
+            if timed:
+                cost["latency"] = _seconds(form.layer(module), inputs[layer])
             found.append(Option(layer, candidate.slug, dataclasses.asdict(candidate.settings), cost, value))
-        found.append(keep(layer, weight, macs))
+        found.append(plain)
     return found
+
+
+def _pricing(
+    model: nn.Module, data: Data, layers: Sequence[str], distortion: Distortion
+) -> Callable[[str, Sequence[Priced]], list[float]]:
+    """The distortions of the options of one layer."""
+    if distortion == "output":
+        return lambda layer, priced: [error for _, _, error in priced]
+    if distortion == "curvature":
+        sharp = traces(model, data, layers)
+
+        def bent(layer: str, priced: Sequence[Priced]) -> list[float]:
+            weight = weight_of(model, layer)
+            per_weight = max(sharp[layer], 0.0) / weight.numel() / 2
+            return [
+                per_weight * float((form.decode() - weight).double().square().sum()) for _, form, _ in priced
+            ]
+
+        return bent
+    judge = Judge(model, data)
+    if distortion == "network":
+        return lambda layer, priced: [judge.squared(layer, form) for _, form, _ in priced]
+    return lambda layer, priced: _scaled(
+        [error for _, _, error in priced], lambda i: judge.divergence(layer, priced[i][1])
+    )
+
+
+@torch.no_grad()
+def _first_inputs(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[str, Tensor]:
+    """What each layer reads for the first example."""
+    seen: dict[str, Tensor] = {}
+    with watched(model, layers, lambda layer, x: seen.setdefault(layer, x)):
+        model(data.x[:1].to(next(model.parameters()).device))
+    return seen
+
+
+@torch.no_grad()
+def _seconds(module: nn.Module, x: Tensor) -> float:
+    """Median seconds of one call, on the device of x."""
+    taken = []
+    for _ in range(WARM_UP + TIMED):
+        start = time.perf_counter()
+        module(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken[WARM_UP:])
 
 
 def keep(layer: str, weight: Tensor, macs: float = 0.0) -> Option:
@@ -101,9 +154,7 @@ def keep(layer: str, weight: Tensor, macs: float = 0.0) -> Option:
     return Option(layer, "keep", {}, cost, 0.0)
 
 
-def _of_layer(
-    model: nn.Module, task: Task, layer: str, candidates: Sequence[Candidate]
-) -> list[tuple[Candidate, Packed, float]]:
+def _of_layer(model: nn.Module, task: Task, layer: str, candidates: Sequence[Candidate]) -> list[Priced]:
     """Every candidate that fits the layer, its packed weight, and its relative output error."""
     weight = weight_of(model, layer)
     seen = _moments(model, task.calibration, layer)
@@ -146,6 +197,8 @@ def _error(change: Tensor, weight: Tensor, seen: Moments | None) -> float:
 
 def _scaled(errors: Sequence[float], measure: Callable[[int], float]) -> list[float]:
     """Distortions of all options from one measured option, the one whose error is nearest to 1%."""
+    if not errors:
+        return []
     reference = min(range(len(errors)), key=lambda i: abs(errors[i] - 0.01))
     if errors[reference] == 0:
         return [0.0 for _ in errors]
