@@ -37,7 +37,7 @@ from torch.func import functional_call
 
 from netweight.core.compressed import WEIGHTED, Change, weight_of
 from netweight.core.errors import DoesNotFit
-from netweight.core.grid import Grid, extent, in_groups, nearest, scale_and_zero, to_codes
+from netweight.core.grid import Grid, in_groups, nearest
 from netweight.core.moments import Moments, moments
 from netweight.core.progress import steps
 from netweight.core.rewrite import Scale, rewritten
@@ -104,7 +104,7 @@ def awq(model: nn.Module, task: Task, layers: Sequence[str], settings: AWQ) -> C
             gram = gram / (s[:, :, None] * s[:, None, :])
         if layer.rpartition(".")[2] not in QUERY_KEY:
             weight = clipped(weight, gram, settings.grid, settings.clips)
-        packed[layer] = encode(weight, settings.grid)
+        packed[layer] = Affine.nearest(weight, settings.grid)
     return Change(packed, change, left=left)
 
 
@@ -217,13 +217,6 @@ def group_errors(
     change = change.double().reshape(parts, -1, d // of, of)
     blocks = gram.double().reshape(parts, d // of, of, d // of, of).diagonal(dim1=1, dim2=3)
     return (torch.einsum("prgi,pijg->prgj", change, blocks) * change).sum(-1).reshape(-1).clamp(min=0)
-
-
-def encode(weight: Float[Tensor, "out in *kernel"], grid: Grid) -> Affine:
-    """Q(W) as it is stored."""
-    groups = in_groups(weight, grid.group)
-    scale, zero = scale_and_zero(*extent(groups, grid.symmetric), grid)
-    return Affine.of(to_codes(groups, scale, zero, grid), scale, zero, weight, grid)
 
 
 def spread(scale: Float[Tensor, " in"], layer: nn.Module) -> Float[Tensor, "parts d"]:

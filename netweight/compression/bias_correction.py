@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from netweight.core.compressed import WEIGHTED, Change, weight_of
-from netweight.core.grid import PER_TENSOR, Grid, extent, in_groups, scale_and_zero, to_codes
+from netweight.core.grid import PER_TENSOR, Grid
 from netweight.core.moments import moments
 from netweight.core.rewrite import rewritten
 from netweight.core.task import Task
@@ -47,9 +47,7 @@ def bias_correction(model: nn.Module, task: Task, layers: Sequence[str], setting
     weights, left = weights_to_pack(model, layers, WEIGHTED)
     packed = {}
     for layer, weight in weights.items():
-        groups = in_groups(weight, grid.group, layer)
-        scale, zero = scale_and_zero(*extent(groups, grid.symmetric), grid)
-        packed[layer] = Affine.of(to_codes(groups, scale, zero, grid), scale, zero, weight, grid)
+        packed[layer] = Affine.nearest(weight, grid, layer)
     return corrected(model, task, Change(packed, left=left))
 
 

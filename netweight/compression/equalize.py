@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from netweight.core.compressed import WEIGHTED, Change, Rewrite, weight_of
 from netweight.core.errors import DoesNotFit
-from netweight.core.grid import PER_TENSOR, Grid, extent, in_groups, scale_and_zero, to_codes
+from netweight.core.grid import PER_TENSOR, Grid
 from netweight.core.rewrite import FoldBatchNorm, Scale, rewritten
 from netweight.core.sites import Site, column_ranges, foldable, sites
 from netweight.core.task import Data, Task
@@ -60,9 +60,7 @@ def equalize(model: nn.Module, task: Task, layers: Sequence[str], settings: Equa
     packed = {}
     for layer in weights:
         weight = weight_of(net, layer)
-        groups = in_groups(weight, grid.group, layer)
-        scale, zero = scale_and_zero(*extent(groups, grid.symmetric), grid)
-        packed[layer] = Affine.of(to_codes(groups, scale, zero, grid), scale, zero, weight, grid)
+        packed[layer] = Affine.nearest(weight, grid, layer)
     return Change(packed, rewrites, left=left)
 
 

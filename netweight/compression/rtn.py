@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from netweight.core.compressed import Change
-from netweight.core.grid import Grid, extent, in_groups, scale_and_zero, to_codes
+from netweight.core.grid import Grid
 from netweight.core.task import Task
 from netweight.nn.layers import weights_to_pack
 from netweight.nn.packed import Affine
@@ -57,7 +57,4 @@ def rtn(model: nn.Module, task: Task, layers: Sequence[str], settings: RTN) -> C
 
 def encode(weight: Float[Tensor, "*shape"], settings: RTN, layer: str = "weight") -> Affine:
     """w' as it is stored; `layer` is the name in error messages."""
-    grid = Grid(settings.bits, settings.symmetric, settings.group)
-    groups = in_groups(weight, grid.group, layer)
-    scale, zero = scale_and_zero(*extent(groups, grid.symmetric), grid)
-    return Affine.of(to_codes(groups, scale, zero, grid), scale, zero, weight, grid)
+    return Affine.nearest(weight, Grid(settings.bits, settings.symmetric, settings.group), layer)

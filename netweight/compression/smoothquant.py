@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from netweight.core.compressed import WEIGHTED, ActivationRounding, Change, weight_of
 from netweight.core.errors import DoesNotFit
-from netweight.core.grid import PER_TENSOR, Grid, extent, in_groups, scale_and_zero, to_codes
+from netweight.core.grid import PER_TENSOR, Grid
 from netweight.core.moments import Moments, moments
 from netweight.core.rewrite import Scale, rewritten
 from netweight.core.sites import Site, column_ranges, sites
@@ -73,9 +73,7 @@ def smoothquant(model: nn.Module, task: Task, layers: Sequence[str], settings: S
     net, packed = rewritten(model, rewrites), {}
     for layer in weights:
         weight = weight_of(net, layer)
-        groups = in_groups(weight, grid.group, layer)
-        steps, zero = scale_and_zero(*extent(groups, True), grid)
-        packed[layer] = Affine.of(to_codes(groups, steps, zero, grid), steps, zero, weight, grid)
+        packed[layer] = Affine.nearest(weight, grid, layer)
     moved = {reader: rewrite.scale for rewrite in rewrites for reader in rewrite.consumers}
     activations = {layer: rounding(seen[layer], moved.get(layer), settings) for layer in weights}
     return Change(packed, rewrites, activations, left)

@@ -92,6 +92,13 @@ class Affine:
             dtype=dtype_name(like),
         )
 
+    @classmethod
+    def nearest(cls, weight: Float[Tensor, out * rest], grid_: Grid, layer: str = "weight") -> Affine:
+        """The weight rounded to the grid of its own range; `layer` names it where the group does not fit."""
+        groups = grid.in_groups(weight, grid_.group, layer)
+        scale, zero = grid.scale_and_zero(*grid.extent(groups, grid_.symmetric), grid_)
+        return cls.of(grid.to_codes(groups, scale, zero, grid_), scale, zero, weight, grid_)
+
     @property
     def grid(self) -> Grid:
         """The grid that the codes lie on."""

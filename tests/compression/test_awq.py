@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from netweight.compression.awq import AWQ, awq, clipped, encode, group_errors, loss_of, scale_of, search
+from netweight.compression.awq import AWQ, awq, clipped, group_errors, loss_of, scale_of, search
 from netweight.core.compressed import assemble, weight_of, weighted
 from netweight.core.errors import DoesNotFit
 from netweight.core.grid import Grid, nearest
@@ -16,6 +16,7 @@ from netweight.core.plant import outliers
 from netweight.core.rewrite import residual, rewritten
 from netweight.core.sites import sites
 from netweight.core.task import Data, Task, outputs
+from netweight.nn.packed import Affine
 from netweight.testing import check_compressor, tiny_language_model, tiny_model, tiny_task, tiny_text_task
 
 
@@ -77,7 +78,7 @@ def test_clipping_never_adds_error_and_keeps_the_best_of_all_ranges(seed, bits):
 
 def test_code_is_round_to_nearest_also_for_groups_on_one_side_of_zero():
     weight = torch.tensor([[5.0, 6.0, 5.5, 5.25], [-1.0, 2.0, 0.0, 0.5]])
-    form = encode(weight, Grid(4, group=4))
+    form = Affine.nearest(weight, Grid(4, group=4))
     assert torch.equal(form.decode(), nearest(weight, Grid(4, group=4)))
     assert (form.decode() - weight).abs().max() <= 0.5 * 6 / 15 + 1e-3
 
