@@ -24,6 +24,8 @@ from netweight.core.result import Evidence
 from netweight.core.task import Task
 from netweight.evidence import average, cost, found, possible
 from netweight.evidence.sensitivity import Distortion
+from netweight.nn.kernels import applies
+from netweight.nn.layers import PackedLayer
 from netweight.planning import as_plan, carry_out, is_whole, plan, planned_layers, uniform
 from netweight.resume import Work, fingerprint, place
 
@@ -97,10 +99,21 @@ def compare(
     evidence.rows += cost.rows(original, small.model if packed else twin, task, packed)
     if packed:
         evidence.layers = layer_table(original, packed)
+        evidence.notes.append(how_it_runs(packed.model))
         evidence.notes += [
             f"{layer} was left as it is: {reason}" for layer, reason in packed.change.left.items()
         ]
     return evidence
+
+
+def how_it_runs(model: nn.Module) -> str:
+    """What computes the packed layers while they are measured, and what could."""
+    layers = [module for module in model.modules() if isinstance(module, PackedLayer)]
+    fit = sum(applies(layer) for layer in layers)
+    return (
+        f"All {len(layers)} packed layers are decoded on each call while measured; {fit} of them fit "
+        "torch's 4-bit product, which rounds inputs to bfloat16 (netweight.nn.kernels.fast)."
+    )
 
 
 def layer_table(original: nn.Module, small: Compressed) -> list[dict[str, Any]]:

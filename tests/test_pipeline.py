@@ -86,6 +86,7 @@ def test_three_answers_obey_their_order(model, task, small):
     for side in ("original", "compressed"):
         assert getattr(possible, side) <= getattr(found, side) <= getattr(measured, side)
     assert possible.compressed > 0
+    assert any(f"All {len(small.packed)} packed layers are decoded" in note for note in evidence.notes)
     assert evidence.from_json(json.loads(json.dumps(evidence.to_json()))).to_json() == evidence.to_json()
 
 
