@@ -7,8 +7,8 @@ own, so they are planted: 5 % of the channels of each norm times 16, the same fu
 log-likelihood on the test text minus that of the float network.
 
 The length of the network's training was chosen after the transfer bar was seen to miss: at 600 steps (2.1
-nats a character) the change was 0.27 over three seeds; at 1200 steps (1.80 to 1.84 nats) all bars hold; at 1800
-steps (1.70 nats, seed 0 alone) the first ratio is 0.356 and misses its 0.35.
+nats a character) the change was 0.27 over three seeds; at 1200 steps (1.80 to 1.84 nats) all bars hold; at
+1800 steps (1.70 nats, seed 0 alone) the first ratio is 0.356 and misses its 0.35.
 """
 
 from __future__ import annotations
