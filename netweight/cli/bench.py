@@ -12,26 +12,39 @@ BENCHES = {
     "allocate": "netweight.bench.allocate:bench",
     "run": "netweight.bench.run:bench",
     "stream": "netweight.bench.stream:bench",
+    "verify": "netweight.bench.verify:bench",
 }
 
 
 def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(BENCHES)}.")],
+    peer_python: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="verify: the Python of an environment that has auto_LiRPA."),
+    ] = None,
+    plot: Annotated[
+        str | None, typer.Option(metavar="FILE.png", help="verify: draw the curves of cost there.")
+    ] = None,
     json: common.Json = False,
-) -> None:
-    """Measure the planner, packed products or block-by-block memory on this machine."""
-    from netweight.core.errors import unknown
+) -> bool:
+    """Measure the planner, packed products, block-by-block memory or bounds on this machine."""
+    from netweight.core.errors import BadInput, unknown
     from netweight.core.origin import named
 
     if name not in BENCHES:
         raise unknown("bench", name, BENCHES)
+    options = {"peer_python": peer_python, "plot": plot}
+    given = {key: value for key, value in options.items() if value is not None}
+    if given and name != "verify":
+        raise BadInput(f"bench {name} has no peer and no plot; give --peer-python and --plot to verify alone")
     with common.working():
-        measured = named(BENCHES[name])()
+        measured = named(BENCHES[name])(**given)
     common.answer(measured, lambda: table(measured), as_json=json)
+    return all(bar["reached"] for bar in measured.get("bars", []))
 
 
 def table(measured: dict[str, Any]) -> str:
-    """The single figures a line each, then the figures of each row."""
+    """The single figures a line each, then the figures of each row, then the bars."""
     from netweight.core.result import short
 
     rows = [
@@ -41,4 +54,9 @@ def table(measured: dict[str, Any]) -> str:
         )
         for row in measured.get("rows", [])
     ]
-    return "\n\n".join([common.lines(measured), *rows])
+    held = [
+        f"  {'reached' if bar['reached'] else 'not reached'}: {bar['name']}: {short(float(bar['measured']))}"
+        f" ({bar['direction']} {short(float(bar['bar']))})"
+        for bar in measured.get("bars", [])
+    ]
+    return "\n\n".join([common.lines(measured), *rows, *(["\n".join(held)] if held else [])])

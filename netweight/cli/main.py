@@ -16,6 +16,7 @@ from netweight.cli.export import export
 from netweight.cli.methods import methods
 from netweight.cli.plan import plan
 from netweight.cli.reproduce import reproduce
+from netweight.cli.train import train
 from netweight.cli.verify import verify
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for function in (compress, plan, compare, verify, attack, export, methods, reproduce, bench):
+for function in (compress, plan, compare, verify, attack, train, export, methods, reproduce, bench):
     app.command(function.__name__)(command(function))
 
 

@@ -44,6 +44,8 @@ class System:
 
 _C = "netweight.compression"
 _SURVEY = "netweight.reproduce.quantization_survey"
+_LIRPA = "netweight.reproduce.auto_lirpa"
+_RRCM = "netweight.reproduce.rrcm"
 
 SYSTEMS = (
     System(
@@ -107,6 +109,28 @@ SYSTEMS = (
     System(
         "quantization-survey", "A Survey of Quantization Methods for Efficient Neural Network Inference",
         "arXiv", 2021, "compression", reproduction=_SURVEY, tags=("weights", "grid", "survey"),
+    ),
+    System(
+        "certified", "Training on a proven bound of the loss", "NeurIPS", 2020, "training",
+        "netweight.training.certified:certified", _LIRPA, tags=("inputs", "weights", "proof"),
+    ),
+    System(
+        "auto-lirpa", "Automatic Perturbation Analysis for Scalable Certified Robustness and Beyond",
+        "NeurIPS", 2020, "training", reproduction=_LIRPA, tags=("inputs", "weights", "proof"),
+    ),
+    System(
+        "smoothing", "Randomized smoothing: a radius from votes of noisy copies", "ICML", 2019,
+        "verification", "netweight.verification.smoothing:smooth", _RRCM,
+        tags=("inputs", "proof", "statistical"),
+    ),
+    System(
+        "consistency-representation", "Pre-training for one representation at every noise level",
+        "ICLR", 2025, "training", "netweight.training.consistency_representation:pretrain", _RRCM,
+        tags=("inputs", "no labels"),
+    ),
+    System(
+        "rrcm", "Robust Representation Consistency Model via Contrastive Denoising", "ICLR", 2025,
+        "training", reproduction=_RRCM, tags=("inputs", "proof", "statistical"),
     ),
 )  # fmt: skip
 

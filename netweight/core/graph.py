@@ -17,7 +17,8 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from dataclasses import replace as with_fields
 from typing import Any
 
 import torch
@@ -72,12 +73,18 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """nodes: in an order of evaluation. inputs: Nodes of op "input". outputs: names. constants: by name."""
+    """nodes: in an order of evaluation. inputs: Nodes of op "input". outputs: names. constants: by name.
+
+    sources: the parameter or buffer of the model that a constant is; some are read by `folded` alone.
+    folded: the operators that were evaluated into constants, in order.
+    """
 
     nodes: tuple[Node, ...]
     inputs: tuple[Node, ...]
     outputs: tuple[str, ...]
     constants: Mapping[str, Tensor]
+    sources: Mapping[str, str] = field(default_factory=dict)
+    folded: tuple[Node, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -113,6 +120,20 @@ def evaluate(graph: Graph, *x: Tensor) -> Any:
     """What the network gives for inputs of the captured shapes; a tuple where it has several outputs."""
     found = run(graph, x, call)
     return found[0] if len(found) == 1 else found
+
+
+def live(graph: Graph, tensors: Mapping[str, Tensor]) -> Graph:
+    """The graph with its constants computed anew from parameters and buffers by name, gradients included.
+
+    Names that are not given keep the values of the capture. So a graph captured once follows a network in
+    training: `live(graph, {**dict(model.named_parameters()), **dict(model.named_buffers())})`.
+    """
+    values = dict(graph.constants)
+    values.update({name: tensors[source] for name, source in graph.sources.items() if source in tensors})
+    for node in graph.folded:
+        if all(name in values for name in node.inputs):
+            values[node.name] = call(node, _filled(node.params, values))
+    return with_fields(graph, constants={name: values[name] for name in graph.constants})
 
 
 def run(graph: Graph, x: Sequence[Any], step: Callable[[Node, dict[str, Any]], Any]) -> tuple[Any, ...]:
@@ -244,6 +265,8 @@ def _read(exported: Any) -> Graph:
         **signature.inputs_to_lifted_tensor_constants,
     }
     constants: dict[str, Tensor] = {}
+    sources: dict[str, str] = {}
+    folded: list[Node] = []
     inputs: list[Node] = []
     nodes: dict[str, Node] = {}
     same: dict[str, str] = {}  # a dropped node: the one that has its value
@@ -252,6 +275,8 @@ def _read(exported: Any) -> Graph:
         if found.op == "placeholder":
             if found.name in targets:
                 constants[found.name] = stored[targets[found.name]].detach()
+                if found.name not in signature.inputs_to_lifted_tensor_constants:
+                    sources[found.name] = targets[found.name]
             elif found.name in signature.user_inputs:
                 inputs.append(_typed(found, Node(found.name, "input", "", (), {}, (), torch.float32, "")))
         elif found.op == "output":
@@ -265,13 +290,16 @@ def _read(exported: Any) -> Graph:
                 like = torch.zeros(node.shape, dtype=node.dtype, device=found.meta["val"].device)
                 constants[node.name] = call(node, {**node.params, "self": like})
             elif all(name in constants for name in node.inputs):
+                folded.append(node)
                 with torch.no_grad():
                     constants[node.name] = call(node, _filled(node.params, constants))
             else:
                 nodes[node.name] = node
     used = {name for node in nodes.values() for name in node.inputs} | set(outputs)
+    again = {name for node in folded for name in node.inputs} - {node.name for node in folded}
+    used |= again - sources.keys()  # what `live` cannot find in the model
     kept = {name: tensor for name, tensor in constants.items() if name in used}
-    return Graph(tuple(nodes.values()), tuple(inputs), outputs, kept)
+    return Graph(tuple(nodes.values()), tuple(inputs), outputs, kept, sources, tuple(folded))
 
 
 def _node(found: torch.fx.Node, same: Mapping[str, str]) -> Node:

@@ -24,7 +24,7 @@ from netweight.core.perturbation import Perturbation, with_range
 from netweight.core.result import POSSIBLE, Row
 from netweight.core.task import Task
 from netweight.evidence.found import Attacked
-from netweight.verification.bounds import certify
+from netweight.verification.bounds import affordable, captured, certify
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def measure(
     within: Perturbation,
     *,
     thorough: bool = False,
-    method: str = "ibp",
+    method: str | None = None,
 ) -> Proven:
     """Prove on the examples that `found.measure` attacks: the first 200, thorough 1000."""
     return prove(original, small, task, within, method=method, limit=1000 if thorough else 200)
@@ -59,19 +59,20 @@ def prove(
     task: Task,
     within: Perturbation,
     *,
-    method: str = "ibp",
+    method: str | None = None,
     limit: int,
 ) -> Proven:
     """Bounds for both networks on the first `limit` test examples, within the set and the data's valid range.
 
+    method: of `verification.bounds`; by default CROWN, for networks of very many neurons with intervals inside.
     A network that cannot be bounded is one of which nothing is proven; the rows' method says why.
     """
     data = task.test.take(limit)
     within = with_range(within, data.low, data.high)
     try:
-        f, g = (
-            certify(network, replace(data, y=None), within, method=method) for network in (original, small)
-        )
+        graphs = [captured(network, data.x) for network in (original, small)]
+        method = method or affordable(*graphs)
+        f, g = (certify(graph, replace(data, y=None), within, method=method) for graph in graphs)
         how, arithmetic = f"{method} bounds, {within}", max(f.arithmetic, g.arithmetic)
         held = torch.stack([f.verified, g.verified], 1)
         agreed = held.all(1) & (f.labels == g.labels)

@@ -20,7 +20,7 @@ from torch import nn
 
 from netweight.core import io
 from netweight.core.errors import BadInput, need
-from netweight.core.origin import Origin, mark
+from netweight.core.origin import Origin, mark, origin_of
 from netweight.models.onnx_build import LARGEST, READ, build
 
 ARCHITECTURE = "architecture.onnx"
@@ -44,6 +44,20 @@ def read(path: str | Path) -> nn.Module:
     _check(proto, str(path))
     model = build(proto, str(path))
     return mark(model, Origin("onnx", name, {ARCHITECTURE: _bare(proto)}))
+
+
+def input_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """The shape of one input of a network that `read` gave, its first axis 1 where the file leaves it open.
+
+    None for a network from elsewhere.
+    """
+    origin = origin_of(model)
+    if origin is None or origin.kind != "onnx" or ARCHITECTURE not in origin.files:
+        return None
+    graph = _parsed(origin.files[ARCHITECTURE], ARCHITECTURE).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    (value,) = (value for value in graph.input if value.name not in stored)
+    return tuple(size.dim_value or 1 for size in value.type.tensor_type.shape.dim)
 
 
 def skeleton(target: str, files: Mapping[str, bytes]) -> nn.Module:

@@ -96,6 +96,23 @@ def answers(rows: Sequence[Row]) -> str:
     return _svg(figure, "answers", "Shares for the original and the compressed network")
 
 
+def certified_accuracy(reports: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of each report of `verification.smoothing`, by name: the share certified at least to a radius."""
+    colours = colours_of([*reports])
+    figure, axes = _figure(3.0)
+    for name, told in reports.items():
+        radii = [0.0, *sorted(row["radius"] for row in told["inputs"] if row["class"] == row["label"])]
+        shares = [(len(radii) - place) / told["examples"] for place in range(1, len(radii) + 1)]
+        places, heights = [*radii, radii[-1]], [shares[0], *shares]
+        axes.step(places, heights, where="pre", color=colours[name], linewidth=1.6)
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("certified radius, L2 in units of the input")
+    axes.set_ylabel("certified accuracy")
+    _legend(axes, {literal(shortened(name)): colour for name, colour in colours.items()})
+    return _svg(figure, "certified", "Certified accuracy against the radius")
+
+
 def colours_of(methods: Sequence[str]) -> dict[str, str]:
     """A colour for each method in the order of first use; layers that are kept are grey."""
     names = [name for name in dict.fromkeys(methods) if name != "keep"]

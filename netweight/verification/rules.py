@@ -58,6 +58,12 @@ def rising(node: Node, p: Params, unit: float) -> Interval:
     return widened(found.lower, found.upper, found.size, ELEMENTARY, unit)
 
 
+def softplus(node: Node, p: Params, unit: float) -> Interval:
+    """Rises, but for a step down at the threshold, from where on torch takes x itself."""
+    found, step = rising(node, p, unit), math.log1p(math.exp(-p["threshold"])) / p["beta"]
+    return Interval(found.lower - step, found.upper + step)
+
+
 def summed(node: Node, p: Params, unit: float) -> Interval:
     """Sums and averages with weights that are not negative."""
     name = next(key for key, value in p.items() if isinstance(value, Interval))
@@ -233,6 +239,13 @@ def norm(node: Node, p: Params, unit: float) -> Interval:
 # Single operators ----------------------------------------------------------------------------------------
 
 
+def largest(node: Node, p: Params, unit: float) -> Any:
+    """topk: the i-th largest of what rises, rises."""
+    if not p["sorted"]:
+        raise DoesNotFit(f"{node.name}: a topk that is not sorted may give any order; use sorted=True")
+    return exact(node, p, unit)
+
+
 def item(node: Node, p: Params, unit: float) -> Interval:
     """One of several results."""
     found = p["self"][p["index"]]
@@ -334,7 +347,7 @@ EXACT = [
 TRUTH = ["logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not", "any", "all"]
 LIMITED = ["hardtanh", "clamp", "clamp_min", "clamp_max", "constant_pad_nd"]
 RISING = [
-    "sigmoid", "tanh", "exp", "expm1", "log", "log1p", "log2", "log10", "elu", "softplus",
+    "sigmoid", "tanh", "exp", "expm1", "log", "log1p", "log2", "log10", "elu",
     "hardsigmoid", "erf", "atan", "asinh", "sinh",
 ]
 SUMMED = [
@@ -356,7 +369,9 @@ RULES: Mapping[str, Rule] = {
     "aten.prelu": kinked,
     "aten._prelu_kernel": kinked,
     "aten.silu": valley(-1.2784645427),
-    "aten.mish": valley(-1.1924528),
+    "aten.softplus": softplus,
+    "aten.topk": largest,
+    "aten.mish": valley(-1.1924312145),
     "aten.hardswish": valley(-1.5),
     "aten.gelu": gelu,
     "aten.linear": linear,

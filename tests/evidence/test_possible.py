@@ -50,7 +50,7 @@ def test_thresholds_are_proven_exactly_where_they_hold():
     assert held.original == int(proven.held[:, 0].sum()) / 101 and held.compressed == count / 101
     assert (held.low, held.high) == clopper_pearson(count, 101)
     assert math.isnan(agreed.original) and agreed.compressed == int(proven.agreed.sum()) / 101
-    assert "ibp" in held.method and "linf=0.1" in held.method and held.arithmetic == "float32"
+    assert "crown" in held.method and "linf=0.1" in held.method and held.arithmetic == "float32"
 
 
 def test_networks_that_are_sure_of_different_classes_do_not_agree():
@@ -79,7 +79,7 @@ def test_thorough_proves_on_the_examples_that_are_attacked(monkeypatch):
     model = threshold(0.5)
     measure(model, model, task_of(line()), Linf(0.1))
     measure(model, model, task_of(line()), Linf(0.1), thorough=True)
-    assert asked == [{"method": "ibp", "limit": 200}, {"method": "ibp", "limit": 1000}]
+    assert asked == [{"method": None, "limit": 200}, {"method": None, "limit": 1000}]
 
 
 def test_a_network_without_bounds_has_nothing_proven_and_says_why():

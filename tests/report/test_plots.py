@@ -35,7 +35,15 @@ def pictures() -> dict[str, str]:
         "bits": plots.bits_per_layer(layers(4)),
         "distortion": plots.distortion_against_cost(allocate(every, Budget(bits=4)), every),
         "answers": plots.answers([row]),
+        "certified": plots.certified_accuracy({NASTY: certified([0.4, 0.1, 0.2]), "other": certified([0.3])}),
     }
+
+
+def certified(radii: list[float], wrong: int = 1) -> dict:
+    """What smoothing reports: right at these radii, and some that are wrong, however large their radius."""
+    inputs = [{"label": 1, "class": 1, "radius": r} for r in radii]
+    inputs += [{"label": 1, "class": 0, "radius": 0.5}] * wrong
+    return {"examples": len(inputs), "inputs": inputs}
 
 
 def texts(svg: str) -> list[str]:
@@ -52,7 +60,7 @@ def readable(svg: str) -> str:
     )
 
 
-@pytest.mark.parametrize("name", ["bits", "distortion", "answers"])
+@pytest.mark.parametrize("name", ["bits", "distortion", "answers", "certified"])
 def test_each_is_one_element_that_needs_nothing_from_outside(name):
     svg = pictures()[name]
     assert svg.startswith("<svg role")
@@ -94,6 +102,15 @@ def test_every_option_is_a_point_and_every_choice_a_ring():
     ]
     assert len(rings) == 3
     assert len([n for n in uses if "fill-opacity: 0.55" in n.get("style", "")]) == len(options())
+
+
+def test_certified_accuracy_falls_at_every_radius(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots.Axes, "step", lambda axes, x, y, where, **style: drawn.append((x, y, where)))
+    plots.certified_accuracy({"a": certified([0.4, 0.1, 0.2]), "none": certified([])})
+    # the value at a radius holds up to it: "pre" draws y[i] between x[i - 1] and x[i]
+    assert drawn[0] == ([0.0, 0.1, 0.2, 0.4, 0.4], [0.75, 0.75, 0.5, 0.25, 0.0], "pre")
+    assert drawn[1] == ([0.0, 0.0], [0.0, 0.0], "pre")
 
 
 def test_many_layers_and_many_options_stay_small():

@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from netweight.core.errors import DoesNotFit
-from netweight.core.graph import capture
 from netweight.core.perturbation import Box, Linf
 from netweight.nn.fake import DynamicRounding, StaticRounding, fake_round
-from netweight.verification.bounds import UNITS, bounds
-from netweight.verification.ibp import propagate
+from netweight.verification.bounds import bounds, captured
 from netweight.verification.relax import Interval, log_softmax, softmax
 
 TABLE = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
@@ -161,18 +159,19 @@ def check(model, radii, seed, count=100):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, 24, generator=generator)
     model.eval()
-    graph = capture(model, x)
+    graph = captured(model, x)
     precise = copy.deepcopy(model).double()
     for eps in radii:
         lower, upper = Linf(eps).corners(x)
+        s = points(lower, upper, count, generator).flatten(0, 1)
         with torch.no_grad():
-            found = propagate(graph, lower, upper, None, UNITS["float32"])
+            outputs = [y.double().reshape(count, 2, *y.shape[1:]) for y in (model(s), precise(s.double()))]
+        for method in ("ibp", "crown"):
+            found = bounds(graph, x, Linf(eps), method=method)
             assert (found.lower <= found.upper).all() and found.lower.dtype == torch.float64
             assert found.lower.isfinite().all() and found.upper.isfinite().all()
-            s = points(lower, upper, count, generator)
-            for y in (model(s.flatten(0, 1)), precise(s.flatten(0, 1).double())):
-                y = y.double().reshape(count, 2, *y.shape[1:])
-                assert (found.lower <= y).all() and (y <= found.upper).all()
+            for y in outputs:
+                assert (found.lower <= y).all() and (y <= found.upper).all(), method
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -1,0 +1,415 @@
+"""Rows through affine operators: <a, op(x)> = <J^T a, x> + <a, op(0)>.
+
+    rule(node, a, p, alpha) -> (coefficients by param name, bias)
+
+a is [*lead, *node.shape]; an Interval in p marks what is perturbed. Products of matrices and convolutions are
+written out; for every other affine operator the transpose comes from its vector-Jacobian product at 0, so
+that a view, a pool, a gather or a sum needs no rule of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import fold
+
+from netweight.core.graph import Node, call
+from netweight.verification.relax import Interval
+from netweight.verification.rows import Unit, Window, cleaned, planar, spotted
+
+FEW = 150  # coefficients of a row, up to which its convolution is cheaper as a product of matrices
+Params = Mapping[str, Any]
+Back = tuple[dict[str, Any], Tensor | float]
+
+# fmt: off
+MOVED = frozenset(f"aten.{name}" for name in [
+    "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "select", "slice", "cat", "stack",
+    "flip", "roll", "repeat", "reflection_pad1d", "reflection_pad2d", "replication_pad2d", "split_with_sizes",
+    "unbind", "tril", "triu", "diagonal", "slice_scatter", "select_scatter", "pixel_shuffle",
+    "upsample_nearest1d", "upsample_nearest2d", "unfold", "im2col", "index", "index_select", "gather", "as_strided",
+])
+"""Operators that only move elements, and do not round."""
+SUMMED = frozenset(f"aten.{name}" for name in [
+    "sum", "mean", "cumsum", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_bilinear2d", "upsample_linear1d",
+])
+"""Sums with weights that are not negative."""
+AFFINE = MOVED | SUMMED | frozenset([
+    "aten.linear", "aten.convolution", "aten.add", "aten.sub", "aten.rsub", "aten.neg", "aten.constant_pad_nd",
+    "aten._to_copy", "aten.batch_norm", "aten._native_batch_norm_legit_no_training", "netweight.rounded",
+])
+BILINEAR = frozenset([
+    "aten.mul", "aten.div", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm",
+])
+"""Affine where one of the factors is fixed (of a division: the divisor)."""
+# fmt: on
+
+
+def is_affine(node: Node, perturbed: Callable[[str], bool]) -> bool:
+    """Whether the operator is affine in what `perturbed` (by name of the value) says is perturbed."""
+
+    def moves(name: str) -> bool:
+        value = node.params.get(name)
+        refs = value if isinstance(value, list | tuple) else [value]
+        return any(hasattr(ref, "name") and perturbed(ref.name) for ref in refs)
+
+    if node.op == "aten.where":
+        return not moves("condition")
+    if node.op == "aten.div":
+        return not moves("other") and node.params.get("rounding_mode") is None
+    if node.op in ("aten.addmm", "aten.baddbmm"):
+        return sum(moves(name) for name in ("mat1", "mat2", "batch1", "batch2")) < 2
+    if node.op in BILINEAR:
+        return sum(moves(name) for name in ("self", "other", "mat2")) < 2
+    if node.op in ("aten.index", "aten.gather", "aten.index_select"):
+        return not moves("index") and not moves("indices")
+    if node.op in ("aten.linear", "aten.convolution"):
+        return not moves("weight")
+    if node.op == "aten.batch_norm":
+        return not node.params["training"]
+    return node.op in AFFINE
+
+
+def back(node: Node, a: Tensor, p: Params) -> Back:
+    """One affine node."""
+    rule = WRITTEN.get(node.op)
+    found = rule(node, a, p) if rule is not None else None
+    return transposed(node, a, p) if found is None else found
+
+
+def transposed(node: Node, a: Any, p: Params) -> Back:
+    """The transpose of any affine operator; a is a dict of rows by index where the node has several results."""
+    marked: list[Interval] = []
+    names = [name for name, value in p.items() if _marks(value, marked)]
+
+    def forward(*x: Tensor) -> Any:
+        values = iter(x)
+        found = call(node, {name: _replaced(value, values) for name, value in p.items()})
+        return tuple(found) if isinstance(found, list) else found  # vjp tells them apart
+
+    zeros = [x.lower.new_zeros(_example_shape(node, x)) for x in marked]
+    at_zero, pull = torch.func.vjp(forward, *zeros)
+    if isinstance(a, Mapping):
+        lead = next(iter(a.values())).shape[:2]
+        a = tuple(a[i] if i in a else part.new_zeros(*lead, *part.shape) for i, part in enumerate(at_zero))
+        bias = 0.0
+        found = torch.vmap(torch.vmap(lambda *parts: pull(parts)))(*a)
+    else:
+        lead = a.shape[:2]
+        bias = torch.matmul(a.flatten(2), at_zero.reshape(-1))
+        found = torch.vmap(torch.vmap(pull))(a)
+    coefficients = iter(found)
+    return {name: _replaced(p[name], coefficients, none=True) for name in names}, bias
+
+
+def _example_shape(node: Node, x: Interval) -> Sequence[int]:
+    """Intervals have one more axis in front of an example's shape."""
+    return x.lower.shape[1:]
+
+
+def _marks(value: Any, marked: list[Interval]) -> bool:
+    """Appends the Intervals in a param, and says whether there are any."""
+    before = len(marked)
+    if isinstance(value, Interval):
+        marked.append(value)
+    elif isinstance(value, list):
+        for item in value:
+            _marks(item, marked)
+    return len(marked) > before
+
+
+def _replaced(value: Any, values: Any, none: bool = False) -> Any:
+    if isinstance(value, Interval):
+        return next(values)
+    if isinstance(value, list):
+        return [_replaced(item, values, none) for item in value]
+    return None if none else value
+
+
+def summed_to(a: Tensor, shape: Sequence[int]) -> Tensor:
+    """Rows for a value that was broadcast: summed over the axes that it does not have."""
+    extra = a.ndim - 2 - len(shape)
+    if extra:
+        a = a.sum(tuple(range(2, 2 + extra)))
+    axes = tuple(i + 2 for i, n in enumerate(shape) if n == 1 and a.shape[i + 2] != 1)
+    return a.sum(axes, keepdim=True) if axes else a
+
+
+# What most networks consist of ---------------------------------------------------------------------------
+
+
+def _linear(node: Node, a: Tensor, p: Params) -> Back:
+    bias = 0.0 if p["bias"] is None else torch.matmul(a, p["bias"]).flatten(2).sum(2)
+    return {"input": torch.matmul(a, p["weight"])}, bias
+
+
+def _convolution(node: Node, a: Tensor, p: Params) -> Back:
+    weight, like = p["weight"], p["input"].lower.shape[1:]
+    spatial = like[2:]
+    padding = [0] * len(spatial)
+    if not p["transposed"]:
+        ends = zip(a.shape[4:], p["stride"], p["padding"], p["dilation"], weight.shape[2:])
+        covered = [(n - 1) * s - 2 * q + d * (k - 1) + 1 for n, s, q, d, k in ends]
+        padding = [full - part for full, part in zip(spatial, covered)]
+    found = _unconvolved(a.flatten(0, 2), p, p["padding"], padding)
+    bias = 0.0 if p["bias"] is None else torch.matmul(a.flatten(4).sum((2, 4)), p["bias"])
+    return {"input": found.reshape(*a.shape[:2], *like)}, bias
+
+
+def _unconvolved(a: Tensor, p: Params, padding: Sequence[int], more: Sequence[int]) -> Tensor:
+    """The transpose of a convolution for rows `n *out`; of few coefficients as one product of matrices."""
+    weight, (stride, dilation, groups) = p["weight"], (p["stride"], p["dilation"], p["groups"])
+
+    def transposed(rows: Tensor) -> Tensor:
+        return torch.ops.aten.convolution(
+            rows, weight, None, stride, padding, dilation, not p["transposed"], more, groups
+        )
+
+    size = a[0].numel()
+    if size <= FEW and len(a) > size // 2:
+        eye = torch.eye(size, dtype=a.dtype, device=a.device).reshape(size, *a.shape[1:])
+        by = transposed(eye)
+        return torch.matmul(a.flatten(1), by.flatten(1)).reshape(len(a), *by.shape[1:])
+    single = weight.ndim == 4 and weight.shape[1] == groups == 1 and not p["transposed"]
+    if single and all(d == 1 for d in dilation):
+        ends = zip(a.shape[2:], stride, padding, weight.shape[2:], more)
+        plane = [(n - 1) * s - 2 * q + k + m for n, s, q, k, m in ends]
+        columns = torch.matmul(weight.flatten(1).T, a.flatten(2))
+        return fold(columns, plane, weight.shape[2:], padding=padding, stride=stride)
+    return transposed(a)
+
+
+def _add(node: Node, a: Tensor, p: Params) -> Back:
+    sign = -1 if node.op == "aten.sub" else 1
+    coefficients: dict[str, Any] = {}
+    bias: Tensor | float = 0.0
+    for name, factor in (("self", 1), ("other", sign * p["alpha"])):
+        rows = a if factor == 1 else a * factor
+        if isinstance(p[name], Interval):
+            coefficients[name] = summed_to(rows, p[name].lower.shape[1:])
+        else:
+            bias = bias + _against(rows, p[name])
+    return coefficients, bias
+
+
+def _against(a: Tensor, value: Tensor | float) -> Tensor:
+    """<a, value> for a constant that may be broadcast."""
+    if not isinstance(value, Tensor):
+        return a.flatten(2).sum(2) * value
+    return torch.matmul(a.flatten(2), value.expand(a.shape[2:]).reshape(-1))
+
+
+def _mul(node: Node, a: Tensor, p: Params) -> Back:
+    name, other = ("self", "other") if isinstance(p["self"], Interval) else ("other", "self")
+    return {name: summed_to(a * p[other], p[name].lower.shape[1:])}, 0.0
+
+
+def _div(node: Node, a: Tensor, p: Params) -> Back:
+    return {"self": summed_to(a / p["other"], p["self"].lower.shape[1:])}, 0.0
+
+
+def _neg(node: Node, a: Tensor, p: Params) -> Back:
+    return {"self": -a}, 0.0
+
+
+def _same(node: Node, a: Tensor, p: Params) -> Back:
+    return {"self": a}, 0.0
+
+
+def _reshape(node: Node, a: Tensor, p: Params) -> Back:
+    return {"self": a.reshape(*a.shape[:2], *p["self"].lower.shape[1:])}, 0.0
+
+
+def _permute(node: Node, a: Tensor, p: Params) -> Back:
+    dims = [d % len(node.shape) for d in p["dims"]]
+    inverse = [dims.index(i) + 2 for i in range(len(dims))]
+    return {"self": a.permute(0, 1, *inverse)}, 0.0
+
+
+def _transpose(node: Node, a: Tensor, p: Params) -> Back:
+    first, second = (d % len(node.shape) + 2 for d in (p.get("dim0", 0), p.get("dim1", 1)))
+    return {"self": a.transpose(first, second)}, 0.0
+
+
+def _matmul(node: Node, a: Tensor, p: Params) -> Back | None:
+    right = "other" if "other" in p else "mat2"
+    if isinstance(p["self"], Interval) and p[right].ndim == 2:
+        return {"self": torch.matmul(a, p[right].T)}, 0.0
+    return None
+
+
+def _batch_norm(node: Node, a: Tensor, p: Params) -> Back:
+    slope, shift = norm_lines(p)
+    shape = (-1, *[1] * (len(node.shape) - 2))
+    return {"input": a * slope.reshape(shape)}, _against(a, shift.reshape(shape))
+
+
+def norm_lines(p: Params) -> tuple[Tensor, Tensor]:
+    """A batch norm with stored statistics as slope x + shift, per channel."""
+    slope = (p["running_var"] + p["eps"]).rsqrt()
+    slope = slope if p["weight"] is None else slope * p["weight"]
+    shift = -slope * p["running_mean"]
+    return slope, shift if p["bias"] is None else shift + p["bias"]
+
+
+WRITTEN: Mapping[str, Callable[[Node, Tensor, Params], Back | None]] = {
+    "aten.linear": _linear,
+    "aten.convolution": _convolution,
+    "aten.add": _add,
+    "aten.sub": _add,
+    "aten.mul": _mul,
+    "aten.div": _div,
+    "aten.neg": _neg,
+    "aten._to_copy": _same,
+    "netweight.rounded": _same,
+    "aten.reshape": _reshape,
+    "aten.unsqueeze": _reshape,
+    "aten.squeeze": _reshape,
+    "aten.permute": _permute,
+    "aten.transpose": _transpose,
+    "aten.t": _transpose,
+    "aten.matmul": _matmul,
+    "aten.mm": _matmul,
+    "aten.batch_norm": _batch_norm,
+    "aten._native_batch_norm_legit_no_training": _batch_norm,
+}
+
+
+# Rows that are no full tensors ---------------------------------------------------------------------------
+
+
+def back_unit(node: Node, rows: Unit, p: Params) -> tuple[dict[str, Any], Tensor | float] | None:
+    """Single elements: rows of a weight, the kernel under one output; None where there is no short way."""
+    if node.op == "aten.linear" and math.prod(node.shape) == node.shape[-1]:
+        like = p["input"].lower.shape[1:]
+        found = p["weight"][rows.index] * rows.sign.unsqueeze(2)
+        bias = 0.0 if p["bias"] is None else p["bias"][rows.index] * rows.sign
+        return {"input": found.reshape(*rows.index.shape, *like)}, bias
+    if node.op == "aten.convolution" and planar(node.shape):
+        if p["transposed"]:
+            return None
+        spots, which, channel = spotted(rows.index, node.shape)
+        start = Window(_kernels(p, channel, rows.sign), spots, which)
+        moved = start.moved(start.a, p["stride"], [-q for q in p["padding"]])
+        bias = 0.0 if p["bias"] is None else p["bias"][channel] * rows.sign
+        return {"input": moved}, bias
+    if node.op in ("aten.reshape", "aten.unsqueeze", "aten.squeeze"):
+        return {"self": rows}, 0.0
+    if node.op == "aten.add" and all(
+        isinstance(p[name], Interval) and p[name].lower.shape[1:] == torch.Size(node.shape)
+        for name in ("self", "other")
+    ):
+        return ({"self": rows, "other": rows}, 0.0) if p["alpha"] == 1 else None
+    return None
+
+
+def _kernels(p: Params, channel: Tensor, sign: Tensor) -> Tensor:
+    """weight[channel] * sign in all input channels: `b s c kh kw`, spread where it is dilated."""
+    weight, groups = p["weight"], p["groups"]
+    kernel = weight[channel] * sign[..., None, None, None]
+    dilation = p["dilation"]
+    if any(d != 1 for d in dilation):
+        size = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
+        wide = kernel.new_zeros(*kernel.shape[:3], *size)
+        wide[..., :: dilation[0], :: dilation[1]] = kernel
+        kernel = wide
+    if groups == 1:
+        return kernel
+    each = weight.shape[1]
+    full = kernel.new_zeros(*channel.shape, groups * each, *kernel.shape[3:])
+    first = channel // (weight.shape[0] // groups) * each
+    where = (first.unsqueeze(2) + torch.arange(each, device=channel.device))[..., None, None]
+    return full.scatter(2, where.expand(kernel.shape), kernel)
+
+
+def back_window(node: Node, rows: Window, p: Params) -> tuple[dict[str, Any], Tensor | float] | None:
+    """Windows through operators that keep them windows; None where they must become full rows."""
+    match node.op:
+        case "aten.convolution" if not p["transposed"] and planar(node.shape):
+            clean = cleaned(rows, node.shape)
+            a = _unconvolved(clean.a.flatten(0, 1), p, [0, 0], [0, 0])
+            bias = 0.0 if p["bias"] is None else torch.matmul(clean.a.sum((3, 4)), p["bias"])
+            a = a.unflatten(0, rows.a.shape[:2])
+            return {"input": clean.moved(a, p["stride"], [-q for q in p["padding"]])}, bias
+        case "aten.add" | "aten.sub" | "aten.mul" | "aten.div" if _per_channel(node, p) is not None:
+            clean, value = cleaned(rows, node.shape), _per_channel(node, p)
+            if node.op in ("aten.mul", "aten.div"):
+                by = value if node.op == "aten.mul" else 1 / value
+                return {"self": clean.filled(clean.a * by[:, None, None], True)}, 0.0
+            bias = torch.matmul(clean.a.sum((3, 4)), value)
+            return {"self": clean}, bias if node.op == "aten.add" else -bias
+        case "aten.add" | "aten.sub":
+            like = torch.Size(node.shape)
+            both = all(isinstance(p[n], Interval) and p[n].lower.shape[1:] == like for n in ("self", "other"))
+            if both and p["alpha"] == 1:
+                other = rows if node.op == "aten.add" else rows.filled(-rows.a, rows.clean)
+                return {"self": rows, "other": other}, 0.0
+        case "aten.batch_norm" | "aten._native_batch_norm_legit_no_training":
+            clean, (slope, shift) = cleaned(rows, node.shape), norm_lines(p)
+            bias = torch.matmul(clean.a.sum((3, 4)), shift)
+            return {"input": clean.filled(clean.a * slope[:, None, None], True)}, bias
+        case "aten.slice" if p["dim"] in (2, 3) and planar(node.shape):
+            return {"self": _spread(cleaned(rows, node.shape), p)}, 0.0
+        case "aten.constant_pad_nd" if list(p["pad"][:4]) == [0, 0, 0, 0] and not any(p["pad"][6:]):
+            clean, (front, behind) = cleaned(rows, node.shape), (*p["pad"][4:6], 0, 0)[:2]
+            channels = clean.a.shape[2]
+            bias = 0.0
+            if p["value"]:
+                outer = torch.cat([clean.a[:, :, :front], clean.a[:, :, channels - behind :]], 2)
+                bias = outer.flatten(2).sum(2) * p["value"]
+            return {"self": clean.filled(clean.a[:, :, front : channels - behind], True)}, bias
+    return None
+
+
+def _per_channel(node: Node, p: Params) -> Tensor | None:
+    """The constant second argument as one number per channel, where it is one."""
+    other = p["other"]
+    if isinstance(other, Interval) or not isinstance(p["self"], Interval) or p.get("alpha", 1) != 1:
+        return None
+    channels = node.shape[1]
+    other = torch.as_tensor(other, dtype=p["self"].lower.dtype, device=p["self"].lower.device)
+    plain = other.ndim == 0 or (
+        other.ndim >= 3 and other.shape[-2:] == (1, 1) and other.numel() in (1, channels)
+    )
+    return other.reshape(-1).expand(channels) if plain and p["self"].lower[0].shape == node.shape else None
+
+
+def _spread(rows: Window, p: Params) -> Window:
+    """A window before a slice with a step: its elements drawn apart."""
+    axis, step, start = p["dim"] - 2, p["step"], p["start"] or 0
+    size = list(rows.a.shape)
+    size[3 + axis] = (size[3 + axis] - 1) * step + 1
+    wide = rows.a.new_zeros(size)
+    wide[(slice(None),) * (3 + axis) + (slice(None, None, step),)] = rows.a
+    scale, shift = [1, 1], [0, 0]
+    scale[axis], shift[axis] = step, start
+    return rows.moved(wide, scale, shift, True)
+
+
+def terms(node: Node, p: Params) -> int:
+    """Of how many products or summands an element of an affine node is the sum; 0 where nothing rounds."""
+    if node.op in MOVED or node.op in ("aten.neg", "aten.where", "aten._to_copy"):
+        return 0
+    if node.op == "aten.linear":
+        return _ends(p["weight"]).shape[1] + 2
+    if node.op == "aten.convolution":
+        weight = _ends(p["weight"])
+        return weight.numel() // min(weight.shape[:2]) + 2
+    if node.op in SUMMED:
+        name = next(key for key, value in p.items() if isinstance(value, Interval))
+        before, after = p[name].lower[0].numel(), math.prod(node.shape)
+        return before + 16 if node.op == "aten.cumsum" else 16 * -(-before // after) + 64
+    if node.op in BILINEAR:
+        left = _ends(
+            next(p[name] for name in ("self", "mat1", "batch1") if name in p and p[name] is not None)
+        )
+        return (left.shape[-1] if isinstance(left, Tensor) and left.ndim else 0) + 8
+    return 16
+
+
+def _ends(value: Any) -> Any:
+    return value.lower if isinstance(value, Interval) else value
