@@ -108,7 +108,7 @@ def test_files_and_functions_stay_short(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
             taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-            limit = 14 if path.parent.name == "cli" else 8  # a command's options are its parameters
+            limit = 16 if path.parent.name == "cli" else 8  # a command's options are its parameters
             assert len([arg for arg in taken if arg.arg != "self"]) <= limit, node.name
 
 

@@ -273,4 +273,4 @@ def _of_peer(table: Sequence[Answer]) -> Iterator[Bar]:
         short = max(row.get("shortfall", math.inf) for row in compared_rows)
         yield Bar("lower bound below the peer's, worst row", short, 1e-3, "at most")
         most = max(row.get("bytes_ratio", math.inf) for row in compared_rows)
-        yield Bar("peak memory / peer's, worst row", most, 1.0, "at most")
+        yield Bar("peak memory / peer's (of 1 MiB at least), worst row", most, 1.0, "at most")

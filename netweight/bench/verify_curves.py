@@ -28,9 +28,9 @@ from netweight.verification.bounds import bounds, captured
 
 INPUTS, EPS = 64, 0.02
 SWEEPS: Mapping[str, tuple[int, ...]] = {  # what is varied: its values
-    "width": (32, 64, 128, 256, 512, 1024),  # of 3 hidden layers, 10 specifications
+    "width": (32, 64, 128, 256, 512, 1024, 2048),  # of 3 hidden layers, 10 specifications
     "depth": (2, 4, 8, 16, 32),  # hidden layers of 64, 10 specifications
-    "specifications": (4, 16, 64, 256, 1024, 4096),  # of 3 hidden layers of 128
+    "specifications": (4, 16, 64, 256, 1024, 4096, 16_384),  # of 3 hidden layers of 128
 }
 METHODS = ("ibp", "crown-ibp", "crown", "alpha-crown")
 
@@ -111,7 +111,7 @@ def draw(found: Sequence[Mapping[str, Any]], path: str) -> None:
         panel.set_yscale("log")
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.set_xlabel(against)
-        panel.legend(fontsize=7.5, frameon=False, loc="upper left")
+        panel.legend(fontsize=7.5, framealpha=1, edgecolor="none", loc="upper left")
         panel.grid(color="#dddddd", linewidth=0.5)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("CPU ms, one thread")

@@ -42,8 +42,8 @@ def checked(
 ) -> tuple[dict[str, Any], bool]:
     """(the answer of `--check`, whether every input of the certificate that claims something is confirmed).
 
-    model, data: their names; by default those in the certificate. A certificate cannot name code to run: where it
-    names a factory, raises `BadInput`.
+    model, data: their names; by default those in the certificate. A certificate cannot name code to run:
+    where it names a factory, raises `BadInput`.
     """
     from netweight.cli import common
     from netweight.verification.certificate import read
@@ -52,8 +52,8 @@ def checked(
     certificate = read(path)
     if model is None and ":" in certificate.model.name:
         raise BadInput(
-            f"{path}: the network was built by {certificate.model.name[:200]!r}, and code that a file names is "
-            "not run; give MODEL yourself"
+            f"{path}: the network was built by {certificate.model.name[:200]!r}, and code that a file names "
+            "is not run; give MODEL yourself"
         )
     network, _ = common.open_model(model or certificate.model.name)
     examples = common.open_task(data or certificate.data.name, network).test

@@ -64,7 +64,7 @@ def prove(
 ) -> Proven:
     """Bounds for both networks on the first `limit` test examples, within the set and the data's valid range.
 
-    method: of `verification.bounds`; by default CROWN, for networks of very many neurons with intervals inside.
+    method: of `verification.bounds`; by default CROWN, with intervals inside where neurons are very many.
     A network that cannot be bounded is one of which nothing is proven; the rows' method says why.
     """
     data = task.test.take(limit)

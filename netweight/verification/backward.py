@@ -19,7 +19,6 @@ from torch.nn.functional import fold
 
 from netweight.core.graph import Node, call
 from netweight.verification.relax import Interval
-from netweight.verification.rows import Unit, Window, cleaned, planar, spotted
 
 FEW = 150  # coefficients of a row, up to which its convolution is cheaper as a product of matrices
 Params = Mapping[str, Any]
@@ -27,10 +26,11 @@ Back = tuple[dict[str, Any], Tensor | float]
 
 # fmt: off
 MOVED = frozenset(f"aten.{name}" for name in [
-    "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "select", "slice", "cat", "stack",
-    "flip", "roll", "repeat", "reflection_pad1d", "reflection_pad2d", "replication_pad2d", "split_with_sizes",
-    "unbind", "tril", "triu", "diagonal", "slice_scatter", "select_scatter", "pixel_shuffle",
-    "upsample_nearest1d", "upsample_nearest2d", "unfold", "im2col", "index", "index_select", "gather", "as_strided",
+    "reshape", "permute", "transpose", "t", "expand", "unsqueeze", "squeeze", "select", "slice", "cat",
+    "stack", "flip", "roll", "repeat", "reflection_pad1d", "reflection_pad2d", "replication_pad2d",
+    "split_with_sizes", "unbind", "tril", "triu", "diagonal", "slice_scatter", "select_scatter",
+    "pixel_shuffle", "upsample_nearest1d", "upsample_nearest2d", "unfold", "im2col", "index",
+    "index_select", "gather", "as_strided",
 ])
 """Operators that only move elements, and do not round."""
 SUMMED = frozenset(f"aten.{name}" for name in [
@@ -39,8 +39,9 @@ SUMMED = frozenset(f"aten.{name}" for name in [
 ])
 """Sums with weights that are not negative."""
 AFFINE = MOVED | SUMMED | frozenset([
-    "aten.linear", "aten.convolution", "aten.add", "aten.sub", "aten.rsub", "aten.neg", "aten.constant_pad_nd",
-    "aten._to_copy", "aten.batch_norm", "aten._native_batch_norm_legit_no_training", "netweight.rounded",
+    "aten.linear", "aten.convolution", "aten.add", "aten.sub", "aten.rsub", "aten.neg", "aten._to_copy",
+    "aten.constant_pad_nd", "aten.batch_norm", "aten._native_batch_norm_legit_no_training",
+    "netweight.rounded",
 ])
 BILINEAR = frozenset([
     "aten.mul", "aten.div", "aten.matmul", "aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm",
@@ -82,7 +83,7 @@ def back(node: Node, a: Tensor, p: Params) -> Back:
 
 
 def transposed(node: Node, a: Any, p: Params) -> Back:
-    """The transpose of any affine operator; a is a dict of rows by index where the node has several results."""
+    """The transpose of any affine operator; a holds rows by index where the node has several results."""
     marked: list[Interval] = []
     names = [name for name, value in p.items() if _marks(value, marked)]
 
@@ -155,12 +156,12 @@ def _convolution(node: Node, a: Tensor, p: Params) -> Back:
         ends = zip(a.shape[4:], p["stride"], p["padding"], p["dilation"], weight.shape[2:])
         covered = [(n - 1) * s - 2 * q + d * (k - 1) + 1 for n, s, q, d, k in ends]
         padding = [full - part for full, part in zip(spatial, covered)]
-    found = _unconvolved(a.flatten(0, 2), p, p["padding"], padding)
+    found = unconvolved(a.flatten(0, 2), p, p["padding"], padding)
     bias = 0.0 if p["bias"] is None else torch.matmul(a.flatten(4).sum((2, 4)), p["bias"])
     return {"input": found.reshape(*a.shape[:2], *like)}, bias
 
 
-def _unconvolved(a: Tensor, p: Params, padding: Sequence[int], more: Sequence[int]) -> Tensor:
+def unconvolved(a: Tensor, p: Params, padding: Sequence[int], more: Sequence[int]) -> Tensor:
     """The transpose of a convolution for rows `n *out`; of few coefficients as one product of matrices."""
     weight, (stride, dilation, groups) = p["weight"], (p["stride"], p["dilation"], p["groups"])
 
@@ -277,117 +278,6 @@ WRITTEN: Mapping[str, Callable[[Node, Tensor, Params], Back | None]] = {
     "aten.batch_norm": _batch_norm,
     "aten._native_batch_norm_legit_no_training": _batch_norm,
 }
-
-
-# Rows that are no full tensors ---------------------------------------------------------------------------
-
-
-def back_unit(node: Node, rows: Unit, p: Params) -> tuple[dict[str, Any], Tensor | float] | None:
-    """Single elements: rows of a weight, the kernel under one output; None where there is no short way."""
-    if node.op == "aten.linear" and math.prod(node.shape) == node.shape[-1]:
-        like = p["input"].lower.shape[1:]
-        found = p["weight"][rows.index] * rows.sign.unsqueeze(2)
-        bias = 0.0 if p["bias"] is None else p["bias"][rows.index] * rows.sign
-        return {"input": found.reshape(*rows.index.shape, *like)}, bias
-    if node.op == "aten.convolution" and planar(node.shape):
-        if p["transposed"]:
-            return None
-        spots, which, channel = spotted(rows.index, node.shape)
-        start = Window(_kernels(p, channel, rows.sign), spots, which)
-        moved = start.moved(start.a, p["stride"], [-q for q in p["padding"]])
-        bias = 0.0 if p["bias"] is None else p["bias"][channel] * rows.sign
-        return {"input": moved}, bias
-    if node.op in ("aten.reshape", "aten.unsqueeze", "aten.squeeze"):
-        return {"self": rows}, 0.0
-    if node.op == "aten.add" and all(
-        isinstance(p[name], Interval) and p[name].lower.shape[1:] == torch.Size(node.shape)
-        for name in ("self", "other")
-    ):
-        return ({"self": rows, "other": rows}, 0.0) if p["alpha"] == 1 else None
-    return None
-
-
-def _kernels(p: Params, channel: Tensor, sign: Tensor) -> Tensor:
-    """weight[channel] * sign in all input channels: `b s c kh kw`, spread where it is dilated."""
-    weight, groups = p["weight"], p["groups"]
-    kernel = weight[channel] * sign[..., None, None, None]
-    dilation = p["dilation"]
-    if any(d != 1 for d in dilation):
-        size = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:])]
-        wide = kernel.new_zeros(*kernel.shape[:3], *size)
-        wide[..., :: dilation[0], :: dilation[1]] = kernel
-        kernel = wide
-    if groups == 1:
-        return kernel
-    each = weight.shape[1]
-    full = kernel.new_zeros(*channel.shape, groups * each, *kernel.shape[3:])
-    first = channel // (weight.shape[0] // groups) * each
-    where = (first.unsqueeze(2) + torch.arange(each, device=channel.device))[..., None, None]
-    return full.scatter(2, where.expand(kernel.shape), kernel)
-
-
-def back_window(node: Node, rows: Window, p: Params) -> tuple[dict[str, Any], Tensor | float] | None:
-    """Windows through operators that keep them windows; None where they must become full rows."""
-    match node.op:
-        case "aten.convolution" if not p["transposed"] and planar(node.shape):
-            clean = cleaned(rows, node.shape)
-            a = _unconvolved(clean.a.flatten(0, 1), p, [0, 0], [0, 0])
-            bias = 0.0 if p["bias"] is None else torch.matmul(clean.a.sum((3, 4)), p["bias"])
-            a = a.unflatten(0, rows.a.shape[:2])
-            return {"input": clean.moved(a, p["stride"], [-q for q in p["padding"]])}, bias
-        case "aten.add" | "aten.sub" | "aten.mul" | "aten.div" if _per_channel(node, p) is not None:
-            clean, value = cleaned(rows, node.shape), _per_channel(node, p)
-            if node.op in ("aten.mul", "aten.div"):
-                by = value if node.op == "aten.mul" else 1 / value
-                return {"self": clean.filled(clean.a * by[:, None, None], True)}, 0.0
-            bias = torch.matmul(clean.a.sum((3, 4)), value)
-            return {"self": clean}, bias if node.op == "aten.add" else -bias
-        case "aten.add" | "aten.sub":
-            like = torch.Size(node.shape)
-            both = all(isinstance(p[n], Interval) and p[n].lower.shape[1:] == like for n in ("self", "other"))
-            if both and p["alpha"] == 1:
-                other = rows if node.op == "aten.add" else rows.filled(-rows.a, rows.clean)
-                return {"self": rows, "other": other}, 0.0
-        case "aten.batch_norm" | "aten._native_batch_norm_legit_no_training":
-            clean, (slope, shift) = cleaned(rows, node.shape), norm_lines(p)
-            bias = torch.matmul(clean.a.sum((3, 4)), shift)
-            return {"input": clean.filled(clean.a * slope[:, None, None], True)}, bias
-        case "aten.slice" if p["dim"] in (2, 3) and planar(node.shape):
-            return {"self": _spread(cleaned(rows, node.shape), p)}, 0.0
-        case "aten.constant_pad_nd" if list(p["pad"][:4]) == [0, 0, 0, 0] and not any(p["pad"][6:]):
-            clean, (front, behind) = cleaned(rows, node.shape), (*p["pad"][4:6], 0, 0)[:2]
-            channels = clean.a.shape[2]
-            bias = 0.0
-            if p["value"]:
-                outer = torch.cat([clean.a[:, :, :front], clean.a[:, :, channels - behind :]], 2)
-                bias = outer.flatten(2).sum(2) * p["value"]
-            return {"self": clean.filled(clean.a[:, :, front : channels - behind], True)}, bias
-    return None
-
-
-def _per_channel(node: Node, p: Params) -> Tensor | None:
-    """The constant second argument as one number per channel, where it is one."""
-    other = p["other"]
-    if isinstance(other, Interval) or not isinstance(p["self"], Interval) or p.get("alpha", 1) != 1:
-        return None
-    channels = node.shape[1]
-    other = torch.as_tensor(other, dtype=p["self"].lower.dtype, device=p["self"].lower.device)
-    plain = other.ndim == 0 or (
-        other.ndim >= 3 and other.shape[-2:] == (1, 1) and other.numel() in (1, channels)
-    )
-    return other.reshape(-1).expand(channels) if plain and p["self"].lower[0].shape == node.shape else None
-
-
-def _spread(rows: Window, p: Params) -> Window:
-    """A window before a slice with a step: its elements drawn apart."""
-    axis, step, start = p["dim"] - 2, p["step"], p["start"] or 0
-    size = list(rows.a.shape)
-    size[3 + axis] = (size[3 + axis] - 1) * step + 1
-    wide = rows.a.new_zeros(size)
-    wide[(slice(None),) * (3 + axis) + (slice(None, None, step),)] = rows.a
-    scale, shift = [1, 1], [0, 0]
-    scale[axis], shift[axis] = step, start
-    return rows.moved(wide, scale, shift, True)
 
 
 def terms(node: Node, p: Params) -> int:

@@ -75,8 +75,8 @@ class Certificates:
     """One verdict per example.
 
     labels: the class that was asked about. correct: whether the network gives it at the point itself. margin:
-    proven lower bound of min over j of output_label - output_j on the whole set (units of the outputs). slopes:
-    what `Bounds` has, where they were asked for.
+    proven lower bound of min over j of output_label - output_j on the whole set (units of the outputs).
+    slopes: what `Bounds` has, where they were asked for.
     """
 
     labels: Int[Tensor, " b"]
@@ -128,7 +128,7 @@ def captured(
 
 
 def affordable(*graphs: Graph) -> str:
-    """crown; crown-ibp where a graph has more than `MANY` neurons to bound: those cost many seconds an example."""
+    """crown; crown-ibp where a graph has more than `MANY` neurons to bound: seconds for each example."""
     neurons = []
     for graph in graphs:
         problem = pose(graph, [Region(*2 * (torch.zeros(node.shape),)) for node in graph.inputs], "real")
@@ -148,8 +148,8 @@ def bounds(
 ) -> Bounds:
     """Bounds on each output, or on the rows of `objective` times the (flattened) outputs.
 
-    upper: whether upper bounds are asked for; without, they are infinite. Raises `DoesNotFit` where an operator has
-    no bounds or shapes do not fit, `BadInput` for an unknown name.
+    upper: whether upper bounds are asked for; without, they are infinite. Raises `DoesNotFit` where an
+    operator has no bounds or shapes do not fit, `BadInput` for an unknown name.
     """
     graph = captured(model, x, arithmetic)
     return _bounds(graph, x, within, objective, _how(graph, method, arithmetic), upper)
@@ -166,7 +166,8 @@ def certify(
 ) -> Certificates:
     """Whether each test example keeps its label within the set; without labels, its prediction.
 
-    slopes: whether to keep those that the proofs rest on, for a certificate that others can check. The network has one output per class. Raises `BadInput` for labels that are no classes of it.
+    slopes: whether to keep those that the proofs rest on, for a certificate that others can check. The
+    network has one output per class. Raises `BadInput` for labels that are no classes of it.
     """
     data = task.test if isinstance(task, Task) else task
     graph = captured(model, data.x, arithmetic)
@@ -192,8 +193,9 @@ def equivalence(
 ) -> Bounds:
     """Bounds on compressed(s) - original(s) for every s of the set, `b *out`.
 
-    The tighter, output by output, of two: differences propagated through both networks (`difference`), and both
-    networks side by side with their outputs subtracted. Raises `DoesNotFit` unless inputs and outputs are alike.
+    The tighter, output by output, of two: differences propagated through both networks (`difference`), and
+    both networks side by side with their outputs subtracted. Raises `DoesNotFit` unless inputs and outputs
+    are alike.
     """
     f, g = captured(original, x), captured(compressed, x)
     how = _how(f, method, arithmetic)
@@ -204,6 +206,31 @@ def equivalence(
     ]
     lower = torch.maximum(found[0].lower, found[1].lower)
     return Bounds(lower, torch.minimum(found[0].upper, found[1].upper), *how)
+
+
+def agreement(
+    original: nn.Module | Compressed | Graph,
+    compressed: nn.Module | Compressed | Graph,
+    x: Num[Tensor, "b *in"],
+    within: Perturbation,
+    *,
+    method: str = "crown",
+    arithmetic: str | None = None,
+) -> Bool[Tensor, " b"]:
+    """Whether both networks provably give every point of the set the class that the original gives x.
+
+    Margins of the compressed network are the larger of two bounds: its own, and the original's plus the
+    difference's. Raises `DoesNotFit` unless inputs and outputs are alike.
+    """
+    f, g = captured(original, x, arithmetic), captured(compressed, x, arithmetic)
+    how = _how(f, method, arithmetic)
+    how = how if arithmetic else min(how, _how(g, method, None))
+    with torch.no_grad():
+        scores = torch.vmap(lambda one: evaluate(f, one.unsqueeze(0)))(x).flatten(0, 1)
+    rows = margins(scores.argmax(1), scores.shape[1])
+    apart = joined(f, g, rounding=ARITHMETICS[how[1]].unit > 0)
+    first, second, gap = (_bounds(graph, x, within, rows, how, False).lower for graph in (f, g, apart))
+    return (first > 0).all(1) & (torch.maximum(second, first + gap) > 0).all(1)
 
 
 def margins(labels: Int[Tensor, " b"], classes: int) -> Float[Tensor, "b k out"]:
@@ -257,7 +284,7 @@ def _fits(objective: Tensor, problem: Problem) -> None:
     width = torch.Size(problem.output.shape).numel()
     if objective.ndim != 3 or (len(objective), objective.shape[2]) != (problem.count, width):
         raise DoesNotFit(
-            f"an objective of {tuple(objective.shape)} does not fit {problem.count} outputs of {width} numbers; "
+            f"an objective of {tuple(objective.shape)} does not fit {problem.count} outputs of {width}; "
             f"its shape is ({problem.count}, rows, {width})"
         )
 

@@ -3,10 +3,10 @@
     save("proof.json", written(found, model, data, within))      # found = certify(..., slopes=True)
     certificate = read("proof.json")
 
-The JSON names the network and the data, each with a sha256, the set, the method, the arithmetic, and for each
-input its index, label, verdict, bound and the sha256 of its slopes. Slopes that were optimised lie beside it in
-FILE.slopes.safetensors; those of the other methods follow from the bounds and are not stored. Nothing of the
-engine is imported here.
+The JSON names the network and the data, each with a sha256, the set, the method, the arithmetic, and for
+each input its index, label, verdict, bound and the sha256 of its slopes. Slopes that were optimised lie
+beside it in FILE.slopes.safetensors; those of the other methods follow from the bounds and are not stored.
+Nothing of the engine is imported here.
 """
 
 from __future__ import annotations
@@ -72,9 +72,10 @@ class Entry:
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """A certificate as it is read. slopes: choices in [0, 1], `inputs rows *shape`, by "node/lower" and "node/upper".
+    """A certificate as it is read.
 
-    whole: whether the file is, by its own sha256, as it was written.
+    slopes: choices in [0, 1], `inputs rows *shape`, by "node/lower" and "node/upper". whole: whether the file
+    is, by its own sha256, as it was written.
     """
 
     model: Reference
@@ -195,7 +196,7 @@ def beside(path: str | Path) -> Path:
 def read(path: str | Path) -> Certificate:
     """A certificate from outside: nothing in it is trusted, nothing it names is opened.
 
-    Raises `BadInput` for what is no certificate, is too large, or has slopes that are no choices of its inputs.
+    Raises `BadInput` for what is no certificate, too large, or has slopes that are no choices of its inputs.
     """
     content = io.read_json(path, WHAT)
     if not isinstance(content, dict) or content.get("format") != FORMAT:

@@ -4,14 +4,14 @@
 
 The stored bounds are claims, nothing more. An input that is claimed to be verified is
 
-    confirmed       if the checker's own proof of its margin is above 0, on the same set, in the same arithmetic
+    confirmed       if the checker's own proof of its margin, same set and arithmetic, is above 0
     contradicted    if a point of the set has another class, or a margin below the stored bound
-    not confirmed   else, and whenever the network, the data, a label, the slopes or the file are not those of the
-                    certificate
+    not confirmed   else, and whenever the network, the data, a label, the slopes or the file are not those
+                    of the certificate
 
-The proof is by backward linear bounds (Zhang et al. 2018, arXiv:1811.00866) in float64, with the checker's own
-intermediate bounds; slopes from the file are tried beside the checker's own. Nothing of the engine is used, only
-the captured graph.
+The proof is by backward linear bounds (Zhang et al. 2018, arXiv:1811.00866) in float64, with the checker's
+own intermediate bounds; slopes from the file are tried beside the checker's own. Nothing of the engine is
+used, only the captured graph.
 """
 
 from __future__ import annotations
@@ -37,8 +37,10 @@ TOLERANCE = 1e-5  # of a stored bound, relative: by how much a point may lie bel
 
 @dataclass(frozen=True)
 class Result:
-    """One input. stored, bound: verdict and bound of the certificate. margin: what the checker proves itself, nan
-    where it did not try. reason: one sentence, unless it is confirmed.
+    """One input.
+
+    stored, bound: verdict and bound of the certificate. margin: what the checker proves itself, nan where it
+    did not try. reason: in words, where it is not confirmed in full.
     """
 
     index: int
@@ -75,7 +77,7 @@ def recheck(certificate: Certificate, model: nn.Module | Compressed, data: Data)
 
 
 def share_confirmed(results: Sequence[Result]) -> float:
-    """Of the inputs that something is claimed about, or that were complained about: how many are confirmed."""
+    """Of the inputs with a claim, or a complaint: how many are confirmed."""
     claimed = [result for result in results if result.status != NO_CLAIM]
     return sum(result.status == CONFIRMED for result in claimed) / len(claimed) if claimed else 1.0
 
@@ -121,7 +123,10 @@ def _checked(certificate: Certificate, net: Network, data: Data, row: int, entry
         return result(
             OPEN, least, f"the checker proves a margin of {least:.6g} only, stored is {entry.bound:.6g}"
         )
-    return result(CONFIRMED, least)
+    lower = least < entry.bound - TOLERANCE * (1 + abs(entry.bound))
+    return result(
+        CONFIRMED, least, "only with the checker's own margin, not the stored bound" if lower else ""
+    )
 
 
 def objective(label: int, classes: int) -> Tensor:
@@ -133,17 +138,18 @@ def objective(label: int, classes: int) -> Tensor:
 
 
 def chosen(certificate: Certificate, net: Network, row: int, count: int) -> Mapping[str, Tensor]:
-    """The stored choices of the lines below, by node; raises `BadInput` where they are not of this network."""
+    """The stored choices of the lines below, by node; raises `BadInput` where they are of another shape."""
     found = {}
     for name, tensor in certificate.slopes.items():
         node, _, side = name.rpartition("/")
-        if node not in net.steps or tuple(tensor.shape[1:]) != (count, *net.shapes[node]):
+        if side != "lower" or node not in net.steps:  # the engine may have rewritten the graph
+            continue
+        if tuple(tensor.shape[1:]) != (count, *net.shapes[node]):
             raise BadInput(
-                f"the stored slopes {name[:80]!r} of {tuple(tensor.shape[1:])} are not those of a node of the "
-                "network; give the network and the slopes of the certificate"
+                f"the stored slopes {name!r} of {tuple(tensor.shape[1:])} do not fit the node of that name; "
+                "give the network and the slopes of the certificate"
             )
-        if side == "lower":
-            found[node] = tensor[row].double()
+        found[node] = tensor[row].double()
     return found
 
 

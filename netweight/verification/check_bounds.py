@@ -3,9 +3,9 @@
     found = margins(network, region, objective, "float32", [slopes])
 
 Rounding: with u the unit roundoff of the network and n the terms of a sum, a computed value is off by at most
-gamma_n(u) = n u / (1 - n u) times the sum of the |terms| (Higham 2002, section 3.1); a row a that stands at it
-pays <|a|, that>. What the proof loses itself is gamma_N(2^-53) times the sizes of all that it has added up, N more
-than the longest sum.
+gamma_n(u) = n u / (1 - n u) times the sum of the |terms| (Higham 2002, section 3.1); a row a that stands at
+it pays <|a|, that>. What the proof loses itself is gamma_N(2^-53) times the sizes of all that it has added
+up, N more than the longest sum.
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ class Region:
     def of(cls, x: Tensor, within: Linf | L2 | L1) -> Region:
         """Raises `BadInput` for an input outside its valid range."""
         x = x.detach().cpu().double()
-        lower = torch.nextafter(x - within.eps, torch.full_like(x, -math.inf)).clamp(min=within.low)
-        upper = torch.nextafter(x + within.eps, torch.full_like(x, math.inf)).clamp(max=within.high)
+        low = -math.inf if within.low is None else within.low
+        high = math.inf if within.high is None else within.high
+        lower = torch.nextafter(x - within.eps, torch.full_like(x, -math.inf)).clamp(low, high)
+        upper = torch.nextafter(x + within.eps, torch.full_like(x, math.inf)).clamp(low, high)
         if not bool(((lower <= x) & (x <= upper)).all()):
             raise BadInput(
                 f"an input lies outside its valid range {within.low} to {within.high}; scale the data"
@@ -219,7 +221,7 @@ def margins(
     arithmetic: str,
     slopes: Sequence[Slopes] = (),
 ) -> tuple[Float[Tensor, " k"], Tensor]:
-    """(lower bounds of the rows of the objective times the flattened output, a point where the least may lie).
+    """(lower bounds of the objective times the flattened output, a point where the least may lie).
 
     The best of the checker's own slopes and of those that are given, whatever they are worth.
     """
@@ -236,11 +238,11 @@ def margins(
 
 
 def lowest(
-    example: Example, start: str, rows: Float[Tensor, r * shape], slopes: Slopes
+    example: Example, start: str, rows: Float[Tensor, "r ..."], slopes: Slopes
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "r *in"]]:
     """(a lower bound of <row, value> for each row, the rows when they reach the input).
 
-    At each activation on the way the rows are also taken over the intervals they stand at: the best one counts.
+    At each activation on the way the rows are also taken over the intervals they stand at; the best counts.
     """
     net, waiting = example.network, {start: rows}
     bias = mass = torch.zeros(len(rows), dtype=torch.float64)
@@ -289,7 +291,7 @@ def here(example: Example, waiting: Mapping[str, Tensor], bias: Tensor, mass: Te
 
 
 def transposed(
-    affine: Affine, a: Float[Tensor, r * out], shapes: Sequence[tuple[int, ...]]
+    affine: Affine, a: Float[Tensor, "r ..."], shapes: Sequence[tuple[int, ...]]
 ) -> tuple[Tensor, ...]:
     """The rows at what the operator reads: its vector-Jacobian product, which does not depend on a value."""
     _, back = torch.func.vjp(affine.by, *(torch.zeros(shape, dtype=torch.float64) for shape in shapes))

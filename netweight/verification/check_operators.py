@@ -2,7 +2,7 @@
 
     affine   v = sum of linear maps of what moves + offset; transposed by automatic differentiation
     scalar   relu, leaky_relu, sigmoid, tanh: between two lines
-    cut      maxima and clamps, which rise with what they read and round nothing: their interval is all that is used
+    cut      maxima and clamps, which rise with what they read and round nothing: their interval is used
 
 Everything is float64 and about one example. Nothing of the engine is used.
 """
@@ -28,7 +28,9 @@ SUMS = frozenset(f"aten.{name}" for name in [
     "mean", "sum", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
     "adaptive_avg_pool3d",
 ])
-CUTS = frozenset(f"aten.{name}" for name in ["max_pool1d", "max_pool2d", "max_pool3d", "amax", "clamp", "hardtanh"])
+CUTS = frozenset(f"aten.{name}" for name in [
+    "max_pool1d", "max_pool2d", "max_pool3d", "amax", "clamp", "hardtanh",
+])
 SCALARS = frozenset(["aten.relu", "aten.leaky_relu", "aten.sigmoid", "aten.tanh"])
 # fmt: on
 SIGNS = frozenset(["aten.relu", "aten.leaky_relu"])  # linear once the sign is known
@@ -54,7 +56,7 @@ class Affine:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One operator: the values that it reads and that move, and how it is bounded (`affine`, or by its name)."""
+    """One operator: the values that it reads and that move; its linear maps where it is affine."""
 
     node: Node
     moving: tuple[str, ...]

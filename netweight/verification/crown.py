@@ -4,10 +4,10 @@ arXiv:2002.12920).
     state = intermediate(problem)                 # bounds of every value that a relaxation needs
     found = finish(problem, state, objective)     # rows from the output to the inputs
 
-Value by value, from the input on: an interval; and where it leaves open what a relaxation would like to know
-(the sign before a ReLU), rows from there back to the inputs (`walk`). Sound at every stop: the rows met so far,
-taken over the intervals they stand at, are a bound too. So rows of neurons whose sign is settled on the way are
-dropped there.
+Value by value, from the input on: an interval; and where it leaves open what a relaxation would like to
+know (the sign before a ReLU), rows from there back to the inputs (`walk`). Sound at every stop: the rows
+met so far, taken over the intervals they stand at, are a bound too. So rows of neurons whose sign is
+settled on the way are dropped there.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from netweight.verification.relax import Interval
 from netweight.verification.rows import Unit, planar
 from netweight.verification.walk import BUDGET, State, kind, lowest
 
+DEEP = 2  # values tightened before, from which on rows are worth to be dropped on their way
 WINDOWS = 1024  # rows that start as windows; they go on in parts where they grow
 
 
@@ -33,8 +34,8 @@ WINDOWS = 1024  # rows that start as windows; they go on in parts where they gro
 class Proof:
     """Bounds as an Interval has them, and the slopes of the lines that they rest on.
 
-    slopes: by node, of the lines below it, `b *shape`; of optimised ones the choices of each row, `b s *shape`,
-    by "node/lower" and "node/upper".
+    slopes: by node, of the lines below it, `b *shape`; of optimised ones the choices of each row,
+    `b s *shape`, by "node/lower" and "node/upper".
     """
 
     lower: Tensor
@@ -47,13 +48,12 @@ def bound(
 ) -> Proof:
     """Bounds on the output `b *out`, or on the rows of the objective times the flattened output.
 
-    tighten: rows inside, not intervals alone. upper: whether upper bounds are asked for; else they are infinite.
+    tighten: rows inside, not intervals alone. upper: whether upper bounds are asked for; else they are
+    infinite.
     """
     state = intermediate(problem, tighten=tighten)
     found = finish(problem, state, objective, upper)
-    return Proof(
-        found.lower, found.upper, {name: used.lower_slope for name, used in state.lines.items()}
-    )
+    return Proof(found.lower, found.upper, {name: used.lower_slope for name, used in state.lines.items()})
 
 
 def finish(
@@ -158,7 +158,7 @@ def _exact(problem: Problem, node: Node, free: dict[str, bool]) -> bool:
 
 def _open(
     problem: Problem, name: str, x: Interval, users: Sequence[Node], state: State
-) -> Bool[Tensor, "b *shape"]:
+) -> Bool[Tensor, b * shape]:
     """The elements of which a tighter bound could matter to a user."""
     found = torch.zeros_like(x.lower, dtype=torch.bool)
     for user in users:
@@ -172,26 +172,66 @@ def _open(
 
 
 def _tightened(problem: Problem, state: State, node: Node, open_: Tensor, signs: bool) -> Interval:
-    """The interval of the node with row bounds for the open elements, where those are tighter."""
+    """The interval of the node with row bounds for the open elements, where those are tighter.
+
+    Where only signs are asked for and the way back is long, first the side that the value at the middle of
+    the regions suggests, then the other side of what that leaves open.
+    """
     x = state.values[node.name]
-    lower, upper = x.lower.flatten(1).clone(), x.upper.flatten(1).clone()
-    rises = upper > -lower
+    ends = [x.lower.clone(), x.upper.clone()]
+    reach = [end.clone() for end in ends]  # of the rows alone
+    if signs and len(state.tight) >= DEEP:
+        likely = _at_centre(problem, state)[node.name] >= 0
+        for side in (likely, ~likely):
+            for sign in (1, -1):
+                _ask(problem, state, node, open_ & (side if sign > 0 else ~side), (sign,), ends, reach, True)
+            open_ = open_ & (ends[0] < 0) & (ends[1] > 0)
+    else:
+        _ask(problem, state, node, open_, (1, -1), ends, reach, False)
+    state.rises[node.name] = reach[1] > -reach[0]
+    return Interval(*ends)
+
+
+def _at_centre(problem: Problem, state: State) -> Mapping[str, Tensor]:
+    """About the values at the middle of the regions."""
+    if not state.centres:
+        values: ibp.State = {}
+        for name, region in problem.regions.items():
+            centre = region.centre_and_spread(0.0)[0]
+            values[name] = Interval(centre, centre)
+        for node in problem.graph.nodes:
+            values[node.name] = ibp.step(problem, node, values)
+        state.centres.update({name: x.centre for name, x in values.items() if isinstance(x, Interval)})
+    return state.centres
+
+
+def _ask(
+    problem: Problem,
+    state: State,
+    node: Node,
+    open_: Bool[Tensor, b * shape],
+    signs: Sequence[int],
+    ends: Sequence[Tensor],
+    reach: Sequence[Tensor],
+    drop: bool,
+) -> None:
+    """Rows for the open elements, from below (1), above (-1) or both; their bounds go into ends and reach."""
     pixels = planar(node.shape)  # rows of one pixel lie together: they share a window
     moved = open_.movedim(2, -1).flatten(1) if pixels else open_.flatten(1)
     channels = node.shape[1] if pixels else 1
     plane = moved.shape[1] // channels
+    flat = [[end.view(len(end), -1) for end in pair] for pair in (ends, reach)]
     for examples, index, real in _chunks(problem, node, moved):
         index = index % channels * plane + index // channels if pixels else index
-        sign = torch.ones_like(index, dtype=lower.dtype)
-        unit = Unit(torch.cat([index, index], 1), torch.cat([sign, -sign], 1))
-        found = lowest(problem, state, {node.name: unit}, examples, drop=signs)
-        below, above = (half[real] for half in found.chunk(2, 1))
+        one = torch.ones_like(index, dtype=ends[0].dtype)
+        unit = Unit(torch.cat([index for _ in signs], 1), torch.cat([sign * one for sign in signs], 1))
+        found = lowest(problem, state, {node.name: unit}, examples, drop=drop)
         owner, place = examples.unsqueeze(1).expand(index.shape)[real], index[real]
-        rises[owner, place] = -above > -below
-        lower[owner, place] = torch.maximum(lower[owner, place], below)
-        upper[owner, place] = torch.minimum(upper[owner, place], -above)
-    state.rises[node.name] = rises.reshape(x.lower.shape)
-    return Interval(lower.reshape(x.lower.shape), upper.reshape(x.lower.shape))
+        for sign, half in zip(signs, found.chunk(len(signs), 1)):
+            side, value = (0, half[real]) if sign > 0 else (1, -half[real])
+            tighter = torch.maximum if sign > 0 else torch.minimum
+            flat[1][side][owner, place] = value
+            flat[0][side][owner, place] = tighter(flat[0][side][owner, place], value)
 
 
 def _chunks(

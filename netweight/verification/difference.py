@@ -1,20 +1,21 @@
 """How far two networks can part: bounds on compressed(s) - original(s) by propagating the difference.
 
-    graph = joined(captured(original, x), captured(compressed, x))    # one graph, the outputs' difference last
+    graph = joined(captured(original, x), captured(compressed, x))    # its output is their difference
 
-Both networks start from the same s, so a value z of the original and its twin z' = z + d in the compressed one
-move together; what is bounded is d, which is small, not z' and z, which are not. Where an operator of the one
-answers to one of the other (the same operator on values that answer to each other):
+Both networks start from the same s, so a value z of the original and its twin z' = z + d in the compressed
+one move together; what is bounded is d, which is small, not z' and z, which are not. Where an operator of
+the one answers to one of the other (the same operator on values that answer to each other):
 
     affine, W and V = W + dW       d_out = V d + dW z + db                exact
     ReLU and other kinks           d_out = f(z + d) - f(z) in [m d, M d], slopes m..M of f between z and z'
-                                   below: the chord from (d_l, M d_l) to (d_u, m d_u); above: from (d_l, m d_l)
-                                   to (d_u, M d_u); exact where z and z' lie on one piece
+                                   below: the chord from (d_l, M d_l) to (d_u, m d_u), above: from
+                                   (d_l, m d_l) to (d_u, M d_u); exact where z and z' lie on one piece
     anything else                  d_out = f(z + d) - f(z), each relaxed by itself
 
-An operator that only the compressed network has (rounded activations) works on z' = z + d, and its result minus z
-is the next difference. So pruning is V = W mask, and networks that nothing links still get a sound bound, the
-one of a plain subtraction. Evaluation in floating point is covered by what each of the two loses at each operator.
+An operator that only the compressed network has (rounded activations) works on z' = z + d, and its result
+minus z is the next difference. So pruning is V = W mask, and networks that nothing links still get a sound
+bound, the one of a plain subtraction. Evaluation in floating point is covered by what each of the two loses
+at each operator.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ PLAIN = MOVED | SUMMED | frozenset(["aten.neg", "aten._to_copy"])
 
 @dataclass(eq=False)
 class Joint:
-    """The graph in the making. answers: for a value of the compressed network, the value of the original that it is a
-    twin of. differences, values: the joint node that holds its difference to that, or itself, where there is one.
+    """The graph in the making. answers: for a value of the compressed network, the value of the original
+    that it is a twin of. differences, values: the joint node that holds its difference to that, or itself,
+    where there is one.
     """
 
     nodes: list[Node]
@@ -101,9 +103,9 @@ def _pair(first: str, second: str) -> dict[str, Any]:
 def joined(original: Graph, compressed: Graph, *, twins: bool = True, rounding: bool = True) -> Graph:
     """One graph of both networks whose output is compressed(s) - original(s).
 
-    twins: propagate differences; without, both networks stand side by side and only their outputs are subtracted.
-    rounding: whether what evaluation in floating point loses is to be covered. Raises `DoesNotFit` unless inputs and
-    outputs of both have the same shapes.
+    twins: propagate differences; without, both networks stand side by side and only their outputs are
+    subtracted. rounding: whether what evaluation in floating point loses is to be covered. Raises
+    `DoesNotFit` unless inputs and outputs of both have the same shapes.
     """
     _alike(original, compressed)
     joint = Joint(
@@ -138,8 +140,8 @@ def _alike(original: Graph, compressed: Graph) -> None:
     (first, out), (second, other) = ends(original), ends(compressed)
     if first != second or out != other:
         raise DoesNotFit(
-            f"the networks map {first} to {out} and {second} to {other}; only networks with the same inputs and "
-            "outputs can be compared"
+            f"the networks map {first} to {out} and {second} to {other}; only networks with the same inputs "
+            "and outputs can be compared"
         )
 
 
@@ -230,7 +232,7 @@ def _same_constants(joint: Joint, node: Node, twin: Node, renamed: Mapping[str, 
     def told(value: Any, small: bool) -> Any:
         if isinstance(value, Ref):
             if small:
-                return renamed[value.name] if value.name in renamed else None
+                return renamed.get(value.name)
             return value if value.name in joint.constants else None
         return [told(v, small) for v in value] if isinstance(value, list | tuple) else value
 
@@ -272,7 +274,7 @@ def _weighted(joint: Joint, node: Node, twin: Node, read: str, renamed: Mapping[
 def _with_noise(
     joint: Joint, node: Node, twin: Node, renamed: Mapping[str, Ref], found: str | None
 ) -> str | None:
-    """The difference with what each of the two evaluations loses at this operator; equal ones lose the same."""
+    """The difference with what each of the two evaluations loses at this operator."""
     if not joint.rounding or found is None or twin.op in MOVED or twin.op in ("aten.neg", "aten._to_copy"):
         return found
     params = _named(node.params, lambda name: renamed[name] if name in renamed else Ref(joint.value(name)))
@@ -293,8 +295,9 @@ def slopes(node: Node, p: Mapping[str, Any], lower: Tensor, upper: Tensor) -> tu
         return within.to(lower.dtype), inside.to(lower.dtype)
     left = {"aten.relu": 0.0, "aten.abs": -1.0}.get(node.op)
     left = float(p["negative_slope"]) if left is None else left
-    at_left, at_right = torch.where(lower < 0, left, 1.0), torch.where(upper > 0, 1.0, left)
-    return torch.minimum(at_left, at_right).to(lower.dtype), torch.maximum(at_left, at_right).to(lower.dtype)
+    one = torch.ones_like(lower)
+    at_left, at_right = torch.where(lower < 0, left * one, one), torch.where(upper > 0, one, left * one)
+    return torch.minimum(at_left, at_right), torch.maximum(at_left, at_right)
 
 
 def _slopes_between(node: Node, p: Mapping[str, Any]) -> tuple[Interval, Tensor, Tensor]:

@@ -46,8 +46,8 @@ def bound(
 ) -> Interval:
     """Bounds on the output `b *out`, or on the rows of the objective times the flattened output.
 
-    back: rows go back once from the output over the forward bounds of the values inside. Raises `DoesNotFit` where
-    the inputs are too many.
+    back: rows go back once from the output over the forward bounds of the values inside. Raises `DoesNotFit`
+    where the inputs are too many.
     """
     problem = _precise(problem)
     state = intermediate(problem)
@@ -67,7 +67,7 @@ def intermediate(problem: Problem) -> State:
     inputs = sum(sizes[name] for name in problem.regions)
     if problem.count * inputs * max(sizes.values()) > LARGEST:
         raise DoesNotFit(
-            f"forward bounds of {inputs} inputs and values of {max(sizes.values())} numbers for {problem.count} "
+            f"forward bounds of {inputs} inputs and values of {max(sizes.values())} for {problem.count} "
             "examples take too much memory; use method crown, or fewer examples at once"
         )
     state, known = State(ibp.inputs(problem)), _identities(problem, inputs)

@@ -46,7 +46,7 @@ def lines(
     """The lines of one elementwise operator of `SCALAR`.
 
     p: the node's params with x (`*lead *shape`) for what is perturbed. alpha: for the lower and the upper
-    line, tensors that broadcast to `*lead *shape`. both: `sides` of these, where they are known. Infinite ends
+    line, tensors that broadcast to `*lead *shape`. both: `sides` of these, where known. Infinite ends
     give constants, or infinities.
     """
     if node.op == "aten.relu":

@@ -1,4 +1,4 @@
-"""What is bounded: the graph of a network, a batch of regions of its inputs, and the arithmetic that is covered.
+"""What is bounded: the graph of a network, a batch of regions of its inputs, the arithmetic to be covered.
 
     problem = pose(graph, [Region.of(x, within)], "float32")
 
@@ -29,7 +29,7 @@ from netweight.core.errors import DoesNotFit, unknown
 from netweight.core.exact import rounded
 from netweight.core.graph import Graph, Node, Ref
 from netweight.core.perturbation import L1, L2, Perturbation
-from netweight.verification.relax import Interval, gamma
+from netweight.verification.relax import gamma
 
 ESTIMATE = 16  # units in which a float32 proof of "real" arithmetic is taken to be right
 
@@ -76,7 +76,7 @@ class Region:
         lower, upper = within.corners(x)
         if lower.shape != x.shape:
             raise DoesNotFit(
-                f"the set is of {tuple(lower.shape)}, the inputs of {tuple(x.shape)}; give one of the same shape"
+                f"the set is of {tuple(lower.shape)}, the inputs of {tuple(x.shape)}; give one of that shape"
             )
         boxed = getattr(within, "norm", math.inf) == math.inf
         return cls(lower, upper) if boxed else cls(lower, upper, x, within)
@@ -87,7 +87,7 @@ class Region:
         return self.within is None
 
     def to(self, dtype: torch.dtype, shape: Sequence[int], device: torch.device) -> Region:
-        """In the dtype of a proof and the shape of the graph's input, a leading axis of examples before it."""
+        """In the dtype of a proof and the shape of the graph's input, behind an axis of examples."""
 
         def moved(tensor: Tensor, up: bool) -> Tensor:
             if tensor.is_floating_point() and tensor.dtype != dtype:
@@ -128,7 +128,7 @@ def _dot(flat: Float[Tensor, "b s n"], vector: Tensor) -> Float[Tensor, "b s"]:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A graph of one example, the regions of its inputs (by name), the arithmetic, and the constants in its dtype."""
+    """A graph of one example, the regions of its inputs (by name), the arithmetic, constants in its dtype."""
 
     graph: Graph
     regions: Mapping[str, Region]
@@ -182,7 +182,7 @@ def pose(graph: Graph, regions: Sequence[Region], arithmetic: str | Arithmetic) 
     how = ARITHMETICS[arithmetic] if isinstance(arithmetic, str) else arithmetic
     if len(regions) != len(graph.inputs):
         raise DoesNotFit(
-            f"the network has {len(graph.inputs)} inputs, {len(regions)} regions were given; give one for each"
+            f"the network has {len(graph.inputs)} inputs, {len(regions)} regions were given; give one each"
         )
     for node, region in zip(graph.inputs, regions):
         if math.prod(node.shape) != math.prod(region.lower.shape[1:]):

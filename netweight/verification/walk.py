@@ -23,13 +23,14 @@ from torch import Tensor
 
 from netweight.core.graph import Node, Ref
 from netweight.verification import difference, ibp, lines, order, products, weights
-from netweight.verification.backward import back, back_unit, back_window, is_affine, summed_to, terms
+from netweight.verification.backward import back, is_affine, summed_to, terms
 from netweight.verification.lines import Lines
 from netweight.verification.problem import Problem
 from netweight.verification.products import through
 from netweight.verification.relax import ELEMENTARY, TINY, Interval
 from netweight.verification.rows import Rows, Unit, Window, added, dense, dot, patches, planar, take, windowed
 from netweight.verification.split import rounding
+from netweight.verification.windows import back_unit, back_window
 
 BUDGET = 8 * 2**20  # bytes of the rows at one value: larger ones leave the cache
 LARGE = 0.75  # of a plane: where a window is no longer cheaper than all coefficients
@@ -43,8 +44,9 @@ class State:
     """Bounds of every value `B *shape`, which of them rows have tightened, and what follows from the bounds
     when it is first asked for: the lines of each relaxed node and the slack of each that rounds.
 
-    rises: of a tightened value, where its row bounds alone reach farther up than down. The line below a ReLU is
-    chosen by it: with the choices of plain CROWN and tighter intervals, the bound is never looser than CROWN's.
+    rises: of a tightened value, where its row bounds alone reach farther up than down. The line below a ReLU
+    is chosen by it: with the choices of plain CROWN and tighter intervals, the bound is never looser than
+    CROWN's.
     """
 
     values: ibp.State
@@ -53,6 +55,7 @@ class State:
     lines: dict[str, Lines] = field(default_factory=dict)
     sides: dict[str, tuple[lines.Side, lines.Side]] = field(default_factory=dict)
     slack: dict[str, Tensor | None] = field(default_factory=dict)
+    centres: dict[str, Tensor] = field(default_factory=dict)
 
 
 def kind(problem: Problem, node: Node) -> str:
@@ -86,10 +89,10 @@ def lowest(
 ) -> Float[Tensor, "e s"]:
     """A lower bound of the sum over `start` of <a_r, value>, for each row r of each example.
 
-    examples: which of the problem's examples the rows belong to, all by default. alphas: which lines are used. betas:
-    added to the coefficients of a value (`B s *shape`). drop: the second half of the rows are the first half
-    with the other sign, and a pair is settled as soon as one of the two is at least 0. early: also take the
-    bound before the first relaxation, which is that of intervals.
+    examples: which of the problem's examples the rows belong to, all by default. alphas: which lines are
+    used. betas: added to the coefficients of a value (`B s *shape`). drop: a row is settled, and goes no
+    farther, as soon as its bound is at least 0. early: also take the bound before the first relaxation,
+    which is that of intervals.
     """
     walk = Walk(problem, state, dict(start), examples, alphas or {}, betas or {})
     names = list(problem.nodes)
@@ -259,7 +262,9 @@ class Walk:
 
     def pieces(self) -> int:
         """In how many parts the rows should go on: windows grow on their way."""
-        if torch.is_grad_enabled() or not all(isinstance(rows, Window | Tensor) for rows in self.rows.values()):
+        if torch.is_grad_enabled() or not all(
+            isinstance(rows, Window | Tensor) for rows in self.rows.values()
+        ):
             return 1
         tensors = [rows.a if isinstance(rows, Window) else rows for rows in self.rows.values()]
         size = max(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -279,13 +284,12 @@ class Walk:
             yield part
 
     def settle(self) -> bool:
-        """Take down the bound that holds here and drop settled pairs; whether any row is left."""
+        """Take down the bound that holds here and drop settled rows; whether any is left."""
         if any(isinstance(rows, Unit | dict) for rows in self.rows.values()):
             return True
-        self.note(self.here())
+        best = self.note(self.here())
         self._number()
-        below, above = self.best.chunk(2, 1)
-        settled = ((below >= 0) | (above >= 0)).repeat(1, 2).gather(1, self.order)
+        settled = (best >= 0).gather(1, self.order)
         left = int((~settled).sum(1).max())
         if 0 < left <= 0.8 * settled.shape[1]:
             kept = settled.to(torch.uint8).argsort(dim=1, stable=True)[:, :left]
@@ -293,14 +297,15 @@ class Walk:
             self.bias, self.order = self.bias.gather(1, kept), self.order.gather(1, kept)
         return left > 0
 
-    def note(self, found: Tensor) -> None:
-        """Keep a bound of the present rows where it is better."""
+    def note(self, found: Tensor) -> Tensor:
+        """Keep a bound of the present rows where it is better; the best of all rows."""
         if self.best is None:
             self.best = found.clone()
         elif self.order is None:
             self.best = torch.maximum(self.best, found)
         else:
             self.best.scatter_reduce_(1, self.order, found, "amax")
+        return self.best
 
     def arrived(self) -> None:
         """Keep what the rows have collected on the whole way."""

@@ -56,7 +56,11 @@ def test_an_objective_is_multiplied_with_the_last_layer_first():
     torch.testing.assert_close(found.lower, torch.tensor([[-2.0, 0.0]]).double(), rtol=0, atol=1e-5)
     torch.testing.assert_close(found.upper, torch.tensor([[3.0, 2.0]]).double(), rtol=0, atol=5e-5)
     apart = bounds(
-        nn.Sequential(two_layers(), nn.Identity(), nn.Hardtanh(-99, 99)), x, Linf(0.5), objective=objective, method="ibp"
+        nn.Sequential(two_layers(), nn.Identity(), nn.Hardtanh(-99, 99)),
+        x,
+        Linf(0.5),
+        objective=objective,
+        method="ibp",
     )
     torch.testing.assert_close(apart.upper, torch.tensor([[3.0, 4.0]]).double(), rtol=0, atol=5e-5)
     torch.testing.assert_close(apart.lower, torch.tensor([[-2.0, -2.0]]).double(), rtol=0, atol=5e-5)
