@@ -15,7 +15,7 @@ setup: .venv/ready
 	touch .venv/ready
 
 demo: setup
-	$(BIN)/netweight compress digits-cnn --data digits --budget bits=4 --within linf=0.002 --out demo
+	$(BIN)/netweight compress digits-cnn --data digits --budget bits=4 --within linf=0.02 --out demo
 
 test: check
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal

@@ -91,7 +91,6 @@ def _family(name: str, instances: list[dict[str, Any]]) -> dict[str, Any]:
         **{word: results[word] for word in (*DECIDED, "unknown", "timeout", "error") if results[word]},
         "contradictions": sum(found["contradicts"] for found in own),
         "against_disputed": sum(
-            found["disputed"] and found["result"] in DECIDED and found["result"] != found["published"]
-            for found in own
+            found["disputed"] and {found["result"], found["published"]} == set(DECIDED) for found in own
         ),
     }

@@ -115,6 +115,18 @@ SYSTEMS = (
         "netweight.training.certified:certified", _LIRPA, tags=("inputs", "weights", "proof"),
     ),
     System(
+        "crown", "Linear bounds of every value, carried back to the inputs", "NeurIPS", 2018,
+        "verification", "netweight.verification.crown:bound", _LIRPA, tags=("inputs", "weights", "proof"),
+    ),
+    System(
+        "decide", "Properties decided by branch and bound on inputs or neurons", "NeurIPS", 2021,
+        "verification", "netweight.verification.decide:decide", tags=("inputs", "proof", "counterexample"),
+    ),
+    System(
+        "difference", "Bounds on how far two networks part, by propagating the difference", "netweight", 2026,
+        "verification", "netweight.verification.difference:joined", tags=("inputs", "weights", "proof"),
+    ),
+    System(
         "auto-lirpa", "Automatic Perturbation Analysis for Scalable Certified Robustness and Beyond",
         "NeurIPS", 2020, "training", reproduction=_LIRPA, tags=("inputs", "weights", "proof"),
     ),
@@ -124,8 +136,8 @@ SYSTEMS = (
         tags=("inputs", "proof", "statistical"),
     ),
     System(
-        "consistency-representation", "Pre-training for one representation at every noise level",
-        "ICLR", 2025, "training", "netweight.training.consistency_representation:pretrain", _RRCM,
+        "consistency", "Pre-training for one representation at every noise level",
+        "ICLR", 2025, "training", "netweight.training.consistency:pretrain", _RRCM,
         tags=("inputs", "no labels"),
     ),
     System(

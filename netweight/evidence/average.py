@@ -112,7 +112,7 @@ def measure(original: nn.Module, small: nn.Module, task: Task) -> Measured:
 
 
 def look(
-    seen: Seen, f: Float[Tensor, b * out], g: Float[Tensor, b * out], y: Tensor | None, judge: Metric
+    seen: Seen, f: Float[Tensor, "b ..."], g: Float[Tensor, "b ..."], y: Tensor | None, judge: Metric
 ) -> None:
     """Add one batch of outputs of the original (f) and the compressed network (g) to what is kept."""
     if f.shape != g.shape:
@@ -131,14 +131,14 @@ def look(
             bins += confidence_bins(outputs, y)
 
 
-def has_classes(outputs: Float[Tensor, b * out], y: Tensor | None, judge: Metric) -> bool:
+def has_classes(outputs: Float[Tensor, "b ..."], y: Tensor | None, judge: Metric) -> bool:
     """Whether the last axis of the outputs holds one score for each class."""
     if outputs.ndim < 2 or outputs.shape[-1] < 2:
         return False
     return judge.name != "mse" if y is None else not y.is_floating_point() and y.shape == outputs.shape[:-1]
 
 
-def per_example(values: Float[Tensor, b * t]) -> Float[Tensor, " b"]:
+def per_example(values: Float[Tensor, "b ..."]) -> Float[Tensor, " b"]:
     """The mean over the tokens of each example."""
     return values.reshape(len(values), -1).mean(1)
 
@@ -234,7 +234,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def run(model: nn.Module, x: Tensor) -> Float[Tensor, b * out]:
+def run(model: nn.Module, x: Tensor) -> Float[Tensor, "b ..."]:
     """Outputs on the CPU in float32; x goes to the model's device."""
     device = next((t.device for t in chain(model.parameters(), model.buffers())), x.device)
     return model(x.to(device)).float().cpu()

@@ -30,7 +30,7 @@ from netweight.core.task import Data, outputs
 from netweight.data import digits
 from netweight.data.augment import View, view
 from netweight.models.noise_level import SIGMA_DATA, ResidualMLP
-from netweight.training.consistency_representation import (
+from netweight.training.consistency import (
     LOWEST,
     RHO,
     Finetuning,

@@ -85,7 +85,7 @@ def asked(problem: Problem) -> dict[str, list[Node]]:
     """The values whose bounds a relaxation uses, and the nodes that use them."""
     found: dict[str, list[Node]] = {}
     for node in problem.graph.nodes:
-        if kind(problem, node) in ("scalar", "planes", "cut"):
+        if kind(problem, node) in ("scalar", "planes", "cut") and node.op != difference.NOISE:
             for name in node.inputs:
                 if name in problem.nodes:
                     found.setdefault(name, []).append(node)
@@ -158,7 +158,7 @@ def _exact(problem: Problem, node: Node, free: dict[str, bool]) -> bool:
 
 def _open(
     problem: Problem, name: str, x: Interval, users: Sequence[Node], state: State
-) -> Bool[Tensor, b * shape]:
+) -> Bool[Tensor, "b ..."]:
     """The elements of which a tighter bound could matter to a user."""
     found = torch.zeros_like(x.lower, dtype=torch.bool)
     for user in users:
@@ -166,6 +166,8 @@ def _open(
             found |= lines.undecided(user, problem.params(user, state.values), x)
         elif user.op == difference.GAP and user.inputs[0] == name:  # the value: its twin asks for the rest
             found |= (x.lower < 0) & (x.upper > 0)
+        elif user.op == difference.GAP:
+            found |= difference.open_between(user, problem.params(user, {**state.values, name: x}))
         else:
             found |= x.upper > x.lower
     return found
@@ -178,7 +180,7 @@ def _tightened(problem: Problem, state: State, node: Node, open_: Tensor, signs:
     the regions suggests, then the other side of what that leaves open.
     """
     x = state.values[node.name]
-    ends = [x.lower.clone(), x.upper.clone()]
+    ends = [end.contiguous().clone() for end in (x.lower, x.upper)]
     reach = [end.clone() for end in ends]  # of the rows alone
     if signs and len(state.tight) >= DEEP:
         likely = _at_centre(problem, state)[node.name] >= 0
@@ -209,7 +211,7 @@ def _ask(
     problem: Problem,
     state: State,
     node: Node,
-    open_: Bool[Tensor, b * shape],
+    open_: Bool[Tensor, "b ..."],
     signs: Sequence[int],
     ends: Sequence[Tensor],
     reach: Sequence[Tensor],

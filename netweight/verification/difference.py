@@ -309,6 +309,12 @@ def _slopes_between(node: Node, p: Mapping[str, Any]) -> tuple[Interval, Tensor,
     return d, *slopes(p["of"], p, lower - step, upper + step)
 
 
+def open_between(node: Node, p: Mapping[str, Any]) -> Tensor:
+    """Where f has several slopes between z and z + d, so that the bounds of d matter."""
+    _, least, most = _slopes_between(node, p)
+    return least < most
+
+
 def gap(node: Node, p: Mapping[str, Any], unit: float) -> Interval:
     """f(z + d) - f(z): between its slopes times d."""
     d, least, most = _slopes_between(node, p)

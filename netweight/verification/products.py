@@ -41,11 +41,13 @@ def against(a: Tensor, values: Tensor) -> Tensor:
     """<a, values> for each row, where 0 times infinity is 0."""
     flat = a.reshape(*a.shape[:LEAD], -1)
     values = values.expand(*values.shape[:LEAD], *a.shape[LEAD:]).reshape(*values.shape[:LEAD], -1)
-    if not bool(values.isfinite().all()):
-        return torch.where(flat == 0, 0.0, flat * values).sum(LEAD)
     if values.shape[1] == 1:
-        return torch.matmul(flat, values.transpose(1, 2)).squeeze(2)
-    return (flat * values).sum(LEAD)
+        found = torch.matmul(flat, values.transpose(1, 2)).squeeze(2)
+    else:
+        found = (flat * values).sum(LEAD)
+    if bool(found.isfinite().all()):
+        return found
+    return torch.where(flat == 0, 0.0, flat * values).sum(LEAD)
 
 
 def _barrier(unbounded: Tensor, like: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def cleaned(rows: Window, shape: Sequence[int]) -> Window:
     return rows.filled(rows.a, True)
 
 
-def patches(values: Float[Tensor, b * plane], rows: Window) -> Float[Tensor, "b s c kh kw"]:
+def patches(values: Float[Tensor, "b ..."], rows: Window) -> Float[Tensor, "b s c kh kw"]:
     """What `values` of one plane each hold under each window, 0 outside."""
     kh, kw = rows.a.shape[-2:]
     planes = values.reshape(len(values), -1, *values.shape[-2:])

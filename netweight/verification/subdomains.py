@@ -178,7 +178,7 @@ class Posed:
             goals.limits[0, parts.unsafe],
         )
 
-    def spread(self, slot: Slot, values: Float[Tensor, "b u"]) -> Float[Tensor, b * shape]:
+    def spread(self, slot: Slot, values: Float[Tensor, "b u"]) -> Float[Tensor, "b ..."]:
         """The values of one slot in the shape of its node, 0 elsewhere."""
         shape = self.problem.nodes[slot.name].shape
         flat = values.new_zeros(len(values), math.prod(shape))

@@ -12,7 +12,7 @@ from netweight.core.graph import macs
 from netweight.core.task import Data
 from netweight.data import digits
 from netweight.reproduce import rrcm
-from netweight.training.consistency_representation import NoisyClassifier
+from netweight.training.consistency import NoisyClassifier
 from netweight.verification.smoothing import smooth
 
 

@@ -315,3 +315,26 @@ def test_a_search_stops_when_the_time_is_up_and_keeps_what_it_knows(split):
         split(graph, looking, [box(8, [([1.0], -1e-3)])], "real", tally)
     assert time.monotonic() - begun < 10 and tally.left > 0 and tally.domains > 0
     assert -math.inf < tally.bound <= 0
+
+
+def test_a_point_that_rounding_leaves_open_is_not_proven():
+    """x - 1 at x = 1 is 0; that it is above -1e-9 is more than a proof in float32 can tell."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1))
+    for layer, bias in zip(model[::2], (0.0, -1.0)):
+        layer.weight.data, layer.bias.data = torch.ones(1, 1), torch.tensor([bias])
+    unsafe = box(1, [([1.0], -1e-9)]).unsafe
+    one = torch.ones(1, dtype=torch.float64)
+    found, tally = outcome(split_inputs, model, (1, 1), [Case(one, one, unsafe)])
+    assert found is None and tally.left == 1 and -1e-4 < tally.bound <= 0
+
+
+def test_the_worst_point_of_a_linear_network_is_its_least():
+    model = nn.Sequential(nn.Linear(3, 1), nn.ReLU())
+    model[0].weight.data, model[0].bias.data = torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([9.0])
+    case = box(3, [([1.0], 0.0)])
+    boxes = Boxes(
+        case.lower[None], case.upper[None], torch.zeros(1, dtype=torch.long), torch.zeros(1).double()
+    )
+    goals = Goals.of([case])
+    found = bounding(capture(model, torch.zeros(1, 3)), boxes, goals.rows, goals.limits, "real")
+    assert found.worst.tolist() == [[-1.0, 1.0, -1.0]] and abs(float(found.margin) - 5.5) < 1e-4

@@ -339,7 +339,7 @@ def test_slopes_are_kept_only_where_they_are_asked_for_and_across_batches():
 @functools.cache
 def proven():
     """A network, examples of which everything is verified, and that proof."""
-    model, x = mlp(3), points(60, 5, seed=1)
+    model, x = mlp(10), points(200, 5, seed=1)
     top = model(x).sort(1).values
     data = predicted(model, x[(top[:, -1] - top[:, -2]).argsort(descending=True)[:4]])
     found = certify(model, data, Linf(0.05, 0.0, 1.0), method="alpha-crown", slopes=True)
@@ -405,7 +405,7 @@ def test_a_set_that_is_too_large_is_not_confirmed(sure):
     certificate = read(path)
     claims = tuple(replace(entry, bound=1e-4) for entry in certificate.inputs)
     seen = {}
-    for eps in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 1.0):
+    for eps in (0.05, 0.17, 0.2, 0.25, 0.3, 0.5, 1.0):
         forged = replace(certificate, inputs=claims, within=Linf(eps, 0.0, 1.0))
         for result in recheck(forged, model, data):
             seen.setdefault(result.status, []).append(result)

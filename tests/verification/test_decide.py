@@ -75,6 +75,7 @@ def test_a_counterexample_lies_in_the_box_to_the_last_bit():
     model[0].weight.data, model[0].bias.data = torch.ones(1, 1), torch.zeros(1)
     verdict = decide(model, prop(-upper, (lower,), (upper,), row=-1.0), shape=(1, 1), timeout=20)
     assert verdict.answer == "refuted" and verdict.x.tolist() == [upper] == verdict.y.tolist()
+    assert verdict.arithmetic == "float64"
     verdict = decide(model, prop(-upper - 1e-3, (lower,), (upper,), row=-1.0), shape=(1, 1), timeout=20)
     assert verdict.answer == "verified"
 
@@ -113,17 +114,26 @@ def test_searches_take_at_most_a_tenth_of_the_time():
 
 
 def test_time_that_is_up_leaves_what_is_known():
-    """A sum of |x_i - c_i|, 0 at one point: a little below 0 nothing is provable, and nothing refutes it."""
+    """A sum of ReLUs minus the same sum, 0: a little below, nothing is provable in time or refuted."""
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
-    eye = torch.eye(8)
-    model[0].weight.data, model[0].bias.data = torch.cat([eye, -eye]), torch.cat([eye[0] / 3, -eye[0] / 3])
-    model[2].weight.data, model[2].bias.data = torch.ones(1, 16), torch.zeros(1)
+    eye, signs = torch.eye(8), torch.ones(1, 16)
+    signs[:, 8:] = -1
+    model[0].weight.data, model[0].bias.data = torch.cat([eye, eye]), torch.full((16,), 0.1)
+    model[2].weight.data, model[2].bias.data = signs, torch.zeros(1)
     found = prop(-1e-9, (-1.0,) * 8, (1.0,) * 8)
     begun = time.monotonic()
-    verdict = decide(model, found, shape=(1, 8), timeout=2.0)
+    verdict = decide(model, found, shape=(1, 8), timeout=2.0, arithmetic="real")
     assert (verdict.answer, verdict.word, verdict.late) == ("unknown", "timeout", True)
     assert 2.0 <= time.monotonic() - begun < 6 and verdict.left > 0 and verdict.domains > 0
     assert -math.inf < verdict.bound <= 0
+
+
+def test_one_long_bound_is_interrupted(monkeypatch):
+    monkeypatch.setattr(module, "split_inputs", lambda *args: time.sleep(30))
+    begun = time.monotonic()
+    verdict = decide(network(), prop(-100.0), shape=(1, 2), timeout=1.0)
+    assert verdict.word == "timeout" and verdict.bound == -math.inf and verdict.left == 1
+    assert time.monotonic() - begun < 10
 
 
 # What is printed -----------------------------------------------------------------------------------------

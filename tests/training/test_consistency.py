@@ -12,7 +12,7 @@ from torch import nn
 from netweight.core.errors import BadInput
 from netweight.core.task import Data
 from netweight.models.noise_level import ResidualMLP, VisionTransformer
-from netweight.training.consistency_representation import (
+from netweight.training.consistency import (
     Finetuning,
     NoisyClassifier,
     Pretraining,
@@ -217,9 +217,7 @@ def test_pre_training_lowers_the_loss_and_leaves_what_it_was_given():
 
 def test_the_average_that_is_handed_out_lags_behind(monkeypatch):
     rates = []
-    monkeypatch.setattr(
-        "netweight.training.consistency_representation.follow", lambda a, m, decay: rates.append(decay)
-    )
+    monkeypatch.setattr("netweight.training.consistency.follow", lambda a, m, decay: rates.append(decay))
     encoder = ResidualMLP(16, 8, 1)
     found = pretrain(encoder, images(), flipped, TINY)
     assert rates[::2] == [target_decay(step, TINY) for step in range(30)] and set(rates[1::2]) == {0.5}
@@ -234,7 +232,7 @@ def test_one_level_is_drawn_for_the_whole_batch_and_its_neighbour_is_cleaner(mon
         drawn.append(near)
         return sum(p.sum() for p in online.parameters())
 
-    monkeypatch.setattr("netweight.training.consistency_representation.pretraining_loss", loss)
+    monkeypatch.setattr("netweight.training.consistency.pretraining_loss", loss)
     settings = Pretraining(steps=300, batch=4, hidden=8, out=4)
     pretrain(ResidualMLP(16, 4, 1), images(), flipped, settings)
     for step, near in enumerate(drawn):
