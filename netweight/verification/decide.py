@@ -5,8 +5,7 @@
 
 First the network is searched for a counterexample, then bounded; what neither decides is split: the boxes of
 inputs where few inputs vary (`branch`), else neurons (`neurons`; Wang et al. 2021, arXiv:2103.06624). A
-counterexample counts when the network in
-float64 confirms it, and ONNX Runtime too where it is given.
+counterexample counts when the network in float64 confirms it, and ONNX Runtime too where it is given.
 """
 
 from __future__ import annotations
