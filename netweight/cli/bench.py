@@ -13,7 +13,9 @@ BENCHES = {
     "run": "netweight.bench.run:bench",
     "stream": "netweight.bench.stream:bench",
     "verify": "netweight.bench.verify:bench",
+    "vnncomp": "netweight.bench.vnncomp:bench",
 }
+OPTIONS = {"verify": ("peer_python", "plot"), "vnncomp": ("family", "limit", "timeout")}
 
 
 def bench(
@@ -25,18 +27,24 @@ def bench(
     plot: Annotated[
         str | None, typer.Option(metavar="FILE.png", help="verify: draw the curves of cost there.")
     ] = None,
+    family: Annotated[
+        str | None, typer.Option(metavar="NAME", help="vnncomp: one family of properties; all by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="vnncomp: properties of each family.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="vnncomp: seconds for each property.")] = None,
     json: common.Json = False,
 ) -> bool:
-    """Measure the planner, packed products, block-by-block memory or bounds on this machine."""
+    """Measure the planner, packed products, block-by-block memory, bounds or proofs on this machine."""
     from netweight.core.errors import BadInput, unknown
     from netweight.core.origin import named
 
     if name not in BENCHES:
         raise unknown("bench", name, BENCHES)
-    options = {"peer_python": peer_python, "plot": plot}
+    options = {"peer_python": peer_python, "plot": plot, "family": family, "limit": limit, "timeout": timeout}
     given = {key: value for key, value in options.items() if value is not None}
-    if given and name != "verify":
-        raise BadInput(f"bench {name} has no peer and no plot; give --peer-python and --plot to verify alone")
+    for key in given.keys() - set(OPTIONS.get(name, ())):
+        owner = next(bench for bench, keys in OPTIONS.items() if key in keys)
+        raise BadInput(f"bench {name} takes no --{key.replace('_', '-')}; give it to bench {owner}")
     with common.working():
         measured = named(BENCHES[name])(**given)
     common.answer(measured, lambda: table(measured), as_json=json)

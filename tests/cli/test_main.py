@@ -164,6 +164,28 @@ def test_verify_never_claims_what_an_attack_refutes(small):
     assert 0 < 2 * itself < other  # itself: the slack of rounding alone
 
 
+def test_a_certificate_is_written_checked_and_found_out(small, tmp_path):
+    path = tmp_path / "proof.json"
+    options = (*DIGITS, "--within", "linf=0.02", "--limit", "6", "--out", path)
+    proven = answer("verify", small[0], *options)
+    checked = answer("verify", "--check", path)
+    assert proven["certificate"] == str(path) and checked["share_confirmed"] == 1.0
+    assert checked["confirmed"] == proven["verified"] > 0
+    other = answer("verify", "digits-cnn", "--check", path, code=1)  # not the network of the certificate
+    assert other["confirmed"] == 0
+
+
+def test_verify_smooths_and_decides(tmp_path):
+    smoothed = answer(
+        "verify", "digits-cnn", *DIGITS, "--method", "smoothing", "--samples", "200", "--limit", "5"
+    )
+    assert smoothed["examples"] == 5 == smoothed["certified"] + smoothed["wrong"] + smoothed["abstained"]
+    assert "--data is missing" in sentence("verify", "digits-cnn")
+    assert "MODEL is missing" in sentence("verify")
+    (tmp_path / "p.vnnlib").write_text("(declare-const X_0 Real)\n(assert (<= X_7 1))")
+    assert "no Y_0 is declared" in sentence("verify", "digits-cnn", "--spec", tmp_path / "p.vnnlib")
+
+
 def test_attack_finds_where_two_networks_part(small):
     options = (*DIGITS, "--within", "linf=0.1", "--limit", "30", "--steps", "10", "--against", "digits-cnn")
     found = answer("attack", small[0], *options)
