@@ -6,6 +6,7 @@
     Rounding      the cell of each weight's nearest grid code                    weights
     BitFlips      at most k flipped bits per example                             uint8 codes
     EdgeFlips     at most k flipped edges per example                            undirected 0/1 adjacency
+    Synonyms      at most k words replaced, each by one of its own (`core.words`)  embedded sentences
 
 `project` and `sample` return points that are inside to the last bit of their dtype; `contains` decides
 exactly (float64 with its rounding error accounted for, rationals where that is not enough). `corners` and

@@ -29,6 +29,7 @@ from netweight.core.errors import DoesNotFit, unknown
 from netweight.core.exact import rounded
 from netweight.core.graph import Graph, Node, Ref
 from netweight.core.perturbation import L1, L2, Perturbation
+from netweight.core.words import Synonyms
 from netweight.verification.relax import gamma
 
 ESTIMATE = 16  # units in which a float32 proof of "real" arithmetic is taken to be right
@@ -78,7 +79,7 @@ class Region:
             raise DoesNotFit(
                 f"the set is of {tuple(lower.shape)}, the inputs of {tuple(x.shape)}; give one of that shape"
             )
-        boxed = getattr(within, "norm", math.inf) == math.inf
+        boxed = not isinstance(within, Synonyms) and getattr(within, "norm", math.inf) == math.inf
         return cls(lower, upper) if boxed else cls(lower, upper, x, within)
 
     @property
@@ -100,7 +101,8 @@ class Region:
     def take(self, examples: Tensor) -> Region:
         """Some of the examples."""
         x = None if self.x is None else self.x[examples]
-        return Region(self.lower[examples], self.upper[examples], x, self.within)
+        within = self.within.take(examples) if isinstance(self.within, Synonyms) else self.within
+        return Region(self.lower[examples], self.upper[examples], x, within)
 
     def centre_and_spread(self, slack: float) -> tuple[Tensor, Tensor]:
         """The middle of the box, and half its width with slack times the size of what it holds."""
