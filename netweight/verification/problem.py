@@ -28,10 +28,11 @@ from torch import Tensor
 from netweight.core.errors import DoesNotFit, unknown
 from netweight.core.exact import rounded
 from netweight.core.graph import Graph, Node, Ref
-from netweight.core.perturbation import L1, L2, Perturbation
+from netweight.core.perturbation import L1, L2, Linf, Perturbation
 from netweight.core.words import Synonyms
 from netweight.verification.relax import gamma
 
+PIECE = 16  # examples whose corners are found at once
 ESTIMATE = 16  # units in which a float32 proof of "real" arithmetic is taken to be right
 
 
@@ -74,7 +75,9 @@ class Region:
     @classmethod
     def of(cls, x: Tensor, within: Perturbation) -> Region:
         """The set around x `b *in`, its box rounded outwards. Raises `DoesNotFit` where shapes do not fit."""
-        lower, upper = within.corners(x)
+        pieces = x.split(PIECE) if isinstance(within, Linf | L2 | L1) and len(x) > PIECE else (x,)
+        ends = [within.corners(piece) for piece in pieces]  # in pieces: exact corners take much memory
+        lower, upper = ends[0] if len(ends) == 1 else (torch.cat(side) for side in zip(*ends))
         if lower.shape != x.shape:
             raise DoesNotFit(
                 f"the set is of {tuple(lower.shape)}, the inputs of {tuple(x.shape)}; give one of that shape"
