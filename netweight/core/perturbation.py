@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -182,9 +181,9 @@ def parse(text: str) -> Perturbation:
     if name == "rounding" and not value:
         return Rounding()
     try:
-        return SETS[name](
-            int(value) if name in WHOLE else float(Fraction(value)) if "/" in value else float(value)
-        )
+        over, _, under = value.partition("/")
+        size = float(over) / float(under) if under else float(value)
+        return SETS[name](int(value) if name in WHOLE else size)
     except (ValueError, OverflowError, ZeroDivisionError) as error:
         kind, example = ("whole number", 3) if name in WHOLE else ("number", 0.01)
         raise BadInput(
