@@ -7,8 +7,8 @@ of a batch carry one more axis in front, `B *shape`.
 
 What a bound holds for, and what its own computation loses:
 
-    float32  the network as float32 evaluates it, and in real arithmetic; every rounding is bounded
-    float64  the network as float64 evaluates it, and in real arithmetic; every rounding is bounded
+    float32  the network as float32 evaluates it, and in real arithmetic; its roundings are bounded
+    float64  the network as float64 evaluates it, and in real arithmetic; its roundings are bounded
     real     the network in real arithmetic; the bound is computed in float32 and reduced by an estimate of
              what that loses, not by a bound on it: fast, and no more rigorous than other verifiers
 """
