@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from netweight.compression.rtn import RTN, rtn
+from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core import catalogue
 from netweight.core.compressed import Change, Packed, weight_of, weighted
 from netweight.core.errors import BadInput, DoesNotFit, ImpossibleBudget

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from netweight.compression.magnitude import Magnitude, magnitude
-from netweight.compression.rtn import RTN, rtn
+from netweight.compression.prune.magnitude import Magnitude, magnitude
+from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core import stored
 from netweight.core.compressed import Change
 from netweight.nn.fake import DynamicRounding

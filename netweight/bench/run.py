@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from netweight.compression.rtn import RTN, encode
+from netweight.compression.quantize.rtn import RTN, encode
 from netweight.nn.kernels import fast
 
 

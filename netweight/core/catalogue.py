@@ -42,7 +42,8 @@ class System:
         return f"{module.replace('_', '-')}.json" if module else ""
 
 
-_C = "netweight.compression"
+_Q = "netweight.compression.quantize"
+_P = "netweight.compression.prune"
 _SURVEY = "netweight.reproduce.quantization_survey"
 _LIRPA = "netweight.reproduce.auto_lirpa"
 _RRCM = "netweight.reproduce.rrcm"
@@ -50,48 +51,48 @@ _RRCM = "netweight.reproduce.rrcm"
 SYSTEMS = (
     System(
         "rtn", "Rounding to the nearest grid point", "arXiv", 2021, "compression",
-        f"{_C}.rtn:rtn", _SURVEY, f"{_C}.rtn:RTN", ("weights", "grid", "no data"),
+        f"{_Q}.rtn:rtn", _SURVEY, f"{_Q}.rtn:RTN", ("weights", "grid", "no data"),
     ),
     System(
         "clip", "Ranges by error or percentile", "arXiv", 2020, "compression",
-        f"{_C}.clip:clip", _SURVEY, f"{_C}.clip:Clip", ("weights", "grid", "no data"),
+        f"{_Q}.clip:clip", _SURVEY, f"{_Q}.clip:Clip", ("weights", "grid", "no data"),
     ),
     System(
         "gptq", "GPTQ: rounding errors passed on to weights not yet rounded", "ICLR", 2023, "compression",
-        f"{_C}.gptq:gptq", "netweight.reproduce.gptq", f"{_C}.gptq:GPTQ", ("weights", "grid", "calibration"),
+        f"{_Q}.gptq:gptq", "netweight.reproduce.gptq", f"{_Q}.gptq:GPTQ", ("weights", "grid", "calibration"),
     ),
     System(
         "awq", "AWQ: channels that carry most are scaled before rounding", "MLSys", 2024, "compression",
-        f"{_C}.awq:awq", "netweight.reproduce.awq", f"{_C}.awq:AWQ",
+        f"{_Q}.awq:awq", "netweight.reproduce.awq", f"{_Q}.awq:AWQ",
         ("weights", "grid", "calibration", "whole network"),
     ),
     System(
         "adaround", "AdaRound: up or down is learnt, layer by layer", "ICML", 2020, "compression",
-        f"{_C}.adaround:adaround", _SURVEY, f"{_C}.adaround:AdaRound",
+        f"{_Q}.adaround:adaround", _SURVEY, f"{_Q}.adaround:AdaRound",
         ("weights", "grid", "calibration", "learnt"),
     ),
     System(
         "smoothquant", "SmoothQuant: outliers of activations moved into weights", "ICML", 2023, "compression",
-        f"{_C}.smoothquant:smoothquant", _SURVEY, f"{_C}.smoothquant:SmoothQuant",
+        f"{_Q}.smoothquant:smoothquant", _SURVEY, f"{_Q}.smoothquant:SmoothQuant",
         ("weights", "activations", "grid", "calibration", "whole network"),
     ),
     System(
         "equalize", "Equal ranges across layers", "ICCV", 2019, "compression",
-        f"{_C}.equalize:equalize", _SURVEY, f"{_C}.equalize:Equalize",
+        f"{_Q}.equalize:equalize", _SURVEY, f"{_Q}.equalize:Equalize",
         ("weights", "grid", "whole network"),
     ),
     System(
         "bias-correction", "The mean error taken off the bias", "ICCV", 2019, "compression",
-        f"{_C}.bias_correction:bias_correction", _SURVEY, f"{_C}.bias_correction:BiasCorrection",
+        f"{_Q}.bias_correction:bias_correction", _SURVEY, f"{_Q}.bias_correction:BiasCorrection",
         ("weights", "grid", "calibration", "whole network"),
     ),
     System(
         "magnitude", "Smallest weights first", "NeurIPS", 2015, "compression",
-        f"{_C}.magnitude:magnitude", "", f"{_C}.magnitude:Magnitude", ("weights", "pruning", "no data"),
+        f"{_P}.magnitude:magnitude", "", f"{_P}.magnitude:Magnitude", ("weights", "pruning", "no data"),
     ),
     System(
         "nm-magnitude", "N of M weights kept, the largest", "arXiv", 2021, "compression",
-        f"{_C}.nm_magnitude:nm_magnitude", "", f"{_C}.nm_magnitude:NMMagnitude",
+        f"{_P}.nm_magnitude:nm_magnitude", "", f"{_P}.nm_magnitude:NMMagnitude",
         ("weights", "pruning", "no data"),
     ),
     System(
@@ -156,10 +157,12 @@ def find(slug: str) -> System:
 
 
 def of_room(room: str | None = None) -> list[System]:
-    """All lines of a room, or all lines; raises `BadInput` for a room that has none."""
+    """All lines of a room (the start of its name will do), or all; raises `BadInput` for another name."""
     rooms = {system.room for system in SYSTEMS}
-    if room is not None and room not in rooms:
+    begun = [name for name in rooms if room and name.startswith(room)]  # compress, train: as the commands
+    if room is not None and len(begun) != 1:
         raise unknown("room", room, rooms)
+    room = begun[0] if begun else None
     return [system for system in SYSTEMS if room in (None, system.room)]
 
 

@@ -52,7 +52,7 @@ class Grid:
 
 
 def in_groups(
-    weight: Shaped[Tensor, out * rest], group: int, layer: str = "weight"
+    weight: Shaped[Tensor, "out ..."], group: int, layer: str = "weight"
 ) -> Shaped[Tensor, "groups of"]:
     """One row for each group; raises `DoesNotFit` where `group` does not divide a row."""
     if group == PER_TENSOR:
@@ -107,7 +107,7 @@ def from_codes(codes: UInt8[Tensor, "groups of"], scale: Tensor, zero: Tensor) -
     return (codes.float() - zero.float()[:, None]) * scale.float()[:, None]
 
 
-def nearest(weight: Float[Tensor, out * rest], grid: Grid) -> Float[Tensor, out * rest]:
+def nearest(weight: Float[Tensor, "out ..."], grid: Grid) -> Float[Tensor, out * rest]:
     """The weight rounded to the grid of its own range: what round-to-nearest does to it."""
     groups = in_groups(weight, grid.group)
     scale, zero = scale_and_zero(*extent(groups, grid.symmetric), grid)

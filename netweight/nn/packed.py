@@ -93,7 +93,7 @@ class Affine:
         )
 
     @classmethod
-    def nearest(cls, weight: Float[Tensor, out * rest], grid_: Grid, layer: str = "weight") -> Affine:
+    def nearest(cls, weight: Float[Tensor, "out ..."], grid_: Grid, layer: str = "weight") -> Affine:
         """The weight rounded to the grid of its own range; `layer` names it where the group does not fit."""
         groups = grid.in_groups(weight, grid_.group, layer)
         scale, zero = grid.scale_and_zero(*grid.extent(groups, grid_.symmetric), grid_)

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netweight.compression.awq import AWQ, awq
-from netweight.compression.rtn import RTN, rtn
+from netweight.compression.quantize.awq import AWQ, awq
+from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core.compressed import Change, assemble, weight_of, weighted
 from netweight.core.grid import Grid, nearest
 from netweight.core.moments import Moments, moments

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from netweight.compression.gptq import GPTQ, gptq
-from netweight.compression.rtn import RTN, rtn
+from netweight.compression.quantize.gptq import GPTQ, gptq
+from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core.compressed import Change, assemble, weight_of, weighted
 from netweight.core.grid import PER_ROW
 from netweight.core.moments import Moments, moments

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from netweight.compression.adaround import AdaRound, adaround
-from netweight.compression.bias_correction import corrected
-from netweight.compression.clip import Clip, clip
-from netweight.compression.equalize import Equalize, equalize
-from netweight.compression.gptq import GPTQ, gptq
-from netweight.compression.rtn import RTN, rtn
-from netweight.compression.smoothquant import SmoothQuant, smoothquant
+from netweight.compression.quantize.adaround import AdaRound, adaround
+from netweight.compression.quantize.bias_correction import corrected
+from netweight.compression.quantize.clip import Clip, clip
+from netweight.compression.quantize.equalize import Equalize, equalize
+from netweight.compression.quantize.gptq import GPTQ, gptq
+from netweight.compression.quantize.rtn import RTN, rtn
+from netweight.compression.quantize.smoothquant import SmoothQuant, smoothquant
 from netweight.core.compressed import Change, assemble, weight_of, weighted
 from netweight.core.grid import PER_ROW, PER_TENSOR
 from netweight.core.moments import moments

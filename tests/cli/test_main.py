@@ -222,6 +222,7 @@ def test_methods_lists_the_catalogue():
     found = answer("methods")
     assert [line["slug"] for line in found["methods"]] == [system.slug for system in SYSTEMS]
     assert {line["room"] for line in answer("methods", "--room", "attacks")["methods"]} == {"attacks"}
+    assert {line["room"] for line in answer("methods", "--room", "compress")["methods"]} == {"compression"}
     assert "did you mean 'attacks'" in sentence("methods", "--room", "atacks")
     code, text, _ = call("methods")
     assert code == 0

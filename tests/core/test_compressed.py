@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from netweight.compression.magnitude import Magnitude, magnitude
-from netweight.compression.rtn import RTN, rtn
+from netweight.compression.prune.magnitude import Magnitude, magnitude
+from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core.compressed import Change, Compressed, Packed, assemble, replace, weight_of, weighted
 from netweight.core.errors import BadInput, NetweightError
 from netweight.core.io import read_tensors, write_tensors

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from netweight.compression.rtn import RTN, rtn
+from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core.compressed import assemble, weighted
 from netweight.core.errors import DoesNotFit
 from netweight.core.graph import Ref, call, capture, evaluate, layer_macs, macs, run

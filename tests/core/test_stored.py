@@ -9,9 +9,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from netweight.compression.nm_magnitude import encode as keep_n_of_m
-from netweight.compression.rtn import RTN
-from netweight.compression.rtn import encode as round_to_nearest
+from netweight.compression.prune.nm_magnitude import encode as keep_n_of_m
+from netweight.compression.quantize.rtn import RTN
+from netweight.compression.quantize.rtn import encode as round_to_nearest
 from netweight.core import stored
 from netweight.core.errors import BadInput, NetweightError
 from netweight.core.rewrite import FoldBatchNorm, Scale

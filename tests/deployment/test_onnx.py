@@ -9,8 +9,8 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from netweight.compression.magnitude import Magnitude, magnitude
-from netweight.compression.rtn import RTN, rtn
+from netweight.compression.prune.magnitude import Magnitude, magnitude
+from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core import errors
 from netweight.core.compressed import assemble, weighted
 from netweight.core.errors import DoesNotFit, MissingExtra

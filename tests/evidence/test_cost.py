@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from netweight.compression.rtn import RTN, rtn
+from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core.compressed import Compressed, assemble, weighted
 from netweight.core.plan import Plan
 from netweight.core.result import Evidence

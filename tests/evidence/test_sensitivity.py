@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from netweight.compression.nm_magnitude import NMMagnitude, nm_magnitude
-from netweight.compression.rtn import RTN, encode, rtn
+from netweight.compression.prune.nm_magnitude import NMMagnitude, nm_magnitude
+from netweight.compression.quantize.rtn import RTN, encode, rtn
 from netweight.core.compressed import Change, assemble
 from netweight.core.curvature import traces
 from netweight.core.errors import BadInput

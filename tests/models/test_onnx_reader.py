@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from netweight.compression.rtn import RTN, rtn
+from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core.compressed import Compressed, assemble, weighted
 from netweight.core.errors import BadInput
 from netweight.core.graph import capture, evaluate

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from netweight.compression.magnitude import Magnitude, magnitude
-from netweight.compression.rtn import RTN, encode, rtn
+from netweight.compression.prune.magnitude import Magnitude, magnitude
+from netweight.compression.quantize.rtn import RTN, encode, rtn
 from netweight.core.compressed import Change, assemble
 from netweight.core.plan import Plan
 from netweight.nn.fake import DynamicRounding

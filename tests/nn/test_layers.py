@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from netweight.compression.rtn import RTN, encode
+from netweight.compression.quantize.rtn import RTN, encode
 from netweight.core.errors import BadInput, DoesNotFit
 from netweight.nn.layers import PackedLayer, run, weights_to_pack
 from netweight.nn.packed import Dense, Sparse

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from netweight.compression.rtn import RTN, rtn
+from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core.compressed import assemble, weighted
 from netweight.core.errors import BadInput, DoesNotFit
 from netweight.core.perturbation import Linf

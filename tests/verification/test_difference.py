@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from netweight.compression.rtn import RTN, rtn
-from netweight.compression.smoothquant import SmoothQuant, smoothquant
+from netweight.compression.quantize.rtn import RTN, rtn
+from netweight.compression.quantize.smoothquant import SmoothQuant, smoothquant
 from netweight.core.compressed import assemble, weighted
 from netweight.core.errors import DoesNotFit
 from netweight.core.graph import Node, capture

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta, binomtest, norm
 from torch import nn
 
-from netweight.compression.rtn import RTN, rtn
+from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core.compressed import assemble, weighted
 from netweight.core.errors import BadInput, DoesNotFit
 from netweight.core.plan import Plan

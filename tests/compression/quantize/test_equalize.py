@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from netweight.compression.equalize import Equalize, balance, balanced, equalize
+from netweight.compression.quantize.equalize import Equalize, balance, balanced, equalize
 from netweight.core.compressed import assemble, weight_of, weighted
 from netweight.core.errors import DoesNotFit
 from netweight.core.grid import PER_TENSOR, Grid, nearest

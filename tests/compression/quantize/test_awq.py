@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from netweight.compression.awq import AWQ, awq, clipped, group_errors, loss_of, scale_of, search
+from netweight.compression.quantize.awq import AWQ, awq, clipped, group_errors, loss_of, scale_of, search
 from netweight.core.compressed import assemble, weight_of, weighted
 from netweight.core.errors import DoesNotFit
 from netweight.core.grid import Grid, nearest

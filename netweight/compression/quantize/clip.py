@@ -3,8 +3,8 @@
 Paper: Wu et al., "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation",
 2020, arXiv:2004.09602, section 5 (percentile); Nagel et al., 2021, arXiv:2106.08295, section 3.1 (error).
 
-For one group w with range [lo, hi] (see `compression/rtn.py`), Q rounds to the grid of a smaller range and
-clips to it:
+For one group w with range [lo, hi] (see `compression/quantize/rtn.py`), Q rounds to the grid of a smaller
+range and clips to it:
 
     mse          range [r lo, r hi],   r = argmin over 1.00, 0.99 .. 0.21 of  sum_i |w_i - Q_r(w_i)|^p
     percentile   symmetric: c the smallest value with a share q of the |w_i| at or below it,     range [-c, c]

@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from netweight.compression.bias_correction import BiasCorrection, bias_correction, corrected, mean_error
+from netweight.compression.quantize.bias_correction import (
+    BiasCorrection,
+    bias_correction,
+    corrected,
+    mean_error,
+)
 from netweight.core.compressed import Change, Compressed, assemble, weighted
 from netweight.core.moments import watched
 from netweight.core.plan import Plan

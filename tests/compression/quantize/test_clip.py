@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netweight.compression.clip import Clip, clip, encode, percentile
-from netweight.compression.rtn import RTN
-from netweight.compression.rtn import encode as round_to_nearest
+from netweight.compression.quantize.clip import Clip, clip, encode, percentile
+from netweight.compression.quantize.rtn import RTN
+from netweight.compression.quantize.rtn import encode as round_to_nearest
 from netweight.core.errors import DoesNotFit
 from netweight.testing import check_compressor, tiny_model, tiny_task
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netweight.compression.nm_magnitude import NMMagnitude, encode, nm_magnitude
+from netweight.compression.prune.nm_magnitude import NMMagnitude, encode, nm_magnitude
 from netweight.core.compressed import weight_of, weighted
 from netweight.core.errors import DoesNotFit
 from netweight.testing import check_compressor, tiny_language_model, tiny_model, tiny_task, tiny_text_task

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from netweight.compression.smoothquant import SmoothQuant, scale_of, smoothquant
+from netweight.compression.quantize.smoothquant import SmoothQuant, scale_of, smoothquant
 from netweight.core.compressed import assemble, weighted
 from netweight.core.moments import moments
 from netweight.core.plan import Plan

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from netweight.compression.gptq import GPTQ, encode, gptq, inverse_factor
-from netweight.compression.rtn import RTN, rtn
-from netweight.compression.rtn import encode as round_to_nearest
+from netweight.compression.quantize.gptq import GPTQ, encode, gptq, inverse_factor
+from netweight.compression.quantize.rtn import RTN, rtn
+from netweight.compression.quantize.rtn import encode as round_to_nearest
 from netweight.core.compressed import weight_of, weighted
 from netweight.core.errors import DoesNotFit
 from netweight.core.moments import moments

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netweight.compression.rtn import RTN, encode, rtn
+from netweight.compression.quantize.rtn import RTN, encode, rtn
 from netweight.core.errors import BadInput, DoesNotFit
 from netweight.testing import check_compressor, tiny_language_model, tiny_model, tiny_task, tiny_text_task
 

@@ -16,7 +16,7 @@ the corrected weights as its first column is reached. The columns after a block 
 
 H is damped by `damping` times its mean diagonal, ten times more for as long as it is not positive definite. A
 convolution is the product with its patches, one H per group of channels. With a diagonal H, and so for a
-layer whose inputs are all zero, nothing is passed on and the result is that of `compression/rtn.py`.
+layer whose inputs are all zero, nothing is passed on and the result is that of `compression/quantize/rtn.py`.
 
 Differs from the paper: inputs are those of the float network, not of the layers rounded before; an input that
 is never active keeps its rounded weight (the authors' code sets it to zero); H is factored once and never
