@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from netweight.core import catalogue, io
-from netweight.core.compressed import Change, Compressed, assemble, weight_of
+from netweight import auto
+from netweight.core import io
+from netweight.core.compressed import Compressed, assemble, weight_of
 from netweight.core.errors import DoesNotFit
 from netweight.core.perturbation import Perturbation, Rounding
 from netweight.core.plan import Budget
@@ -26,7 +27,7 @@ from netweight.evidence import average, cost, found, possible
 from netweight.evidence.sensitivity import Distortion
 from netweight.nn.kernels import applies
 from netweight.nn.layers import PackedLayer
-from netweight.planning import as_plan, carry_out, is_whole, plan, planned_layers, uniform
+from netweight.planning import alone, is_whole, plan
 from netweight.resume import Work, fingerprint, place
 
 __all__ = ["compare", "compress", "load", "plan", "write"]
@@ -41,24 +42,24 @@ def compress(
     out: Path | None = None,
     resume: bool = False,
     distortion: Distortion = "kl",
+    thorough: bool = False,
 ) -> Compressed:
     """Plan, then run the chosen methods layer by layer. The model is untouched.
 
     out: the folder that the result is going to; finished layers are kept beside it, so that `resume` goes
-    on after a kill. method: a slug, or "auto" for the best of several per layer.
+    on after a kill. method: a slug, or "auto" for the best of several plans (see `netweight.auto`), with
+    `thorough` of more.
     """
     if out is not None:
         io.may_replace(out)
-    if is_whole(method):
-        settings = uniform(model, budget, method)
-        change = catalogue.method(method)(model, task.blind(), planned_layers(model, budget), settings)
-        return assemble(model, change, as_plan(model, change, method, settings))
+    if method != "auto" and is_whole(method):  # its layers are not finished one by one
+        plan_, change = alone(model, task, budget, method)
+        return assemble(model, change, plan_)
     work = Work.open(out, fingerprint(model, task, budget, method, distortion), resume=resume)
-    chosen = work.plan()
-    if chosen is None:
-        chosen, priced = plan(model, task, budget, method=method, distortion=distortion)
-        work.keep_plan(chosen, priced)
-    return assemble(model, Change(carry_out(model, task, chosen, work)), chosen)
+    if method == "auto":
+        return auto.best(model, task, budget, distortion=distortion, thorough=thorough, work=work)
+    plan_, change = alone(model, task, budget, method, distortion=distortion, work=work)
+    return assemble(model, change, plan_)
 
 
 def compare(

@@ -1,8 +1,9 @@
 """Which option for which layer, and carrying it out.
 
-plan(model, task, budget)               per layer the option that the budget allows and that distorts
-least uniform(model, budget, "awq")           the widest setting of a method that treats the network as
-a whole
+    priced(model, task, budget)             every option of every layer, its cost and its distortion
+    plan(model, task, budget)               per layer the option that fits and distorts least
+    carry_out(model, task, chosen)          the packed weights of a plan
+    alone(model, task, budget, "awq")       one method, planned per layer or run on the whole
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from netweight.core.errors import BadInput, DoesNotFit, ImpossibleBudget
 from netweight.core.plan import Budget, Option, Plan, allocate
 from netweight.core.progress import steps
 from netweight.core.task import Task
-from netweight.evidence.sensitivity import Candidate, Distortion, keep, options
+from netweight.evidence import sensitivity
+from netweight.evidence.sensitivity import Candidate, Distortion, keep
 from netweight.resume import Work
 
 NOTHING = Work(None)  # keeps no unfinished work
@@ -30,9 +32,10 @@ LEARNT = "learnt"  # the catalogue's tag of methods that train for minutes: too 
 WHOLE = "whole network"  # the catalogue's tag of methods that rewrite across layers
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (0, 32, 128)
+SPARSITIES = (0.5, 0.65, 0.8, 0.9)
 HEADER = 8 * 128  # bits of file header per stored tensor: name, dtype, shape, offsets
 # Rounding to nearest is only ever better where GPTQ has no inputs to look at: embedding tables.
-AUTO, AUTO_TABLES = ("gptq", "nm-magnitude"), "rtn"
+AUTO, AUTO_TABLES = ("gptq", "powerquant", "kmeans", "splitquant", "nm-magnitude", "magnitude"), "rtn"
 
 
 def candidates(
@@ -51,6 +54,9 @@ def candidates(
         function, settings = catalogue.method(slug), catalogue.settings(slug)
         function = rounded if LEARNT in catalogue.find(slug).tags else function
         names = {field.name for field in dataclasses.fields(settings)}
+        if "sparsity" in names:
+            found_ += [Candidate(slug, function, settings(sparsity=share)) for share in SPARSITIES]
+            continue
         if "bits" not in names:
             found_.append(Candidate(slug, function, settings()))
             continue
@@ -81,19 +87,36 @@ def plan(
     Raises `BadInput` for a network without layers to compress or with NaN weights, `ImpossibleBudget` for a
     budget that cannot be met.
     """
+    options = priced(model, task, budget, method=method, distortion=distortion)
+    return allotted(model, options, budget), options
+
+
+def priced(
+    model: nn.Module, task: Task, budget: Budget, *, method: str = "auto", distortion: Distortion = "kl"
+) -> list[Option]:
+    """Every option of every layer that the budget speaks of; raises `DoesNotFit` where a method fits none."""
     layers = planned_layers(model, budget)
     tables = [layer for layer in layers if isinstance(model.get_submodule(layer), nn.Embedding)]
     rest = [layer for layer in layers if layer not in tables]
     how = {"distortion": distortion, "timed": budget.latency is not None}
-    priced = options(model, task, rest, candidates(method), **how)
+    found = sensitivity.options(model, task, rest, candidates(method), **how)
     if tables:
         by_hand = candidates(AUTO_TABLES if method == "auto" else method)
-        priced += options(model, task, tables, by_hand, **how)
-    if all(option.method == "keep" for option in priced):
+        found += sensitivity.options(model, task, tables, by_hand, **how)
+    if all(option.method == "keep" for option in found):
         raise DoesNotFit(
             f"{method}: none of the {len(layers)} layers can be treated; choose another --method"
         )
-    return allocate(priced, budget.in_bytes(float_bytes(model)), fixed=fixed_bits(model, layers)), priced
+    return found
+
+
+def allotted(
+    model: nn.Module, options: Sequence[Option], budget: Budget, of: nn.Module | None = None
+) -> Plan:
+    """The plan that the budget allows; a share of the size is one of the network `of` (else of `model`)."""
+    layers = list(dict.fromkeys(option.layer for option in options))
+    ceilings = budget.in_bytes(float_bytes(model if of is None else of))
+    return allocate(options, ceilings, fixed=fixed_bits(model, layers))
 
 
 def planned_layers(model: nn.Module, budget: Budget) -> list[str]:
@@ -134,14 +157,36 @@ def carry_out(model: nn.Module, task: Task, chosen: Plan, work: Work = NOTHING) 
     for option in steps([*chosen.choices.values()], "Compressing"):
         if option.method == "keep":
             continue
-        form = work.form(option.layer)
+        key = f"{chosen.after}|{option.layer}|{option.method}|{dict(option.settings)}"
+        form = work.form(key)
         if form is None:
             settings = catalogue.settings(option.method)(**option.settings)
             change = catalogue.method(option.method)(model, task.blind(), [option.layer], settings)
             form = change.packed[option.layer]
-            work.keep_form(option.layer, form)
+            work.keep_form(key, form)
         packed[option.layer] = form
     return packed
+
+
+def alone(
+    model: nn.Module,
+    task: Task,
+    budget: Budget,
+    method: str,
+    *,
+    distortion: Distortion = "kl",
+    work: Work = NOTHING,
+) -> tuple[Plan, Change]:
+    """One method by itself: its best setting per layer, or the widest that fits where it treats the whole."""
+    if is_whole(method):
+        settings = uniform(model, budget, method)
+        change = catalogue.method(method)(model, task.blind(), planned_layers(model, budget), settings)
+        return as_plan(model, change, method, settings), change
+    chosen = work.plan()
+    if chosen is None:
+        chosen, options = plan(model, task, budget, method=method, distortion=distortion)
+        work.keep_plan(chosen, options)
+    return chosen, Change(carry_out(model, task, chosen, work))
 
 
 def is_whole(method: str) -> bool:
@@ -157,10 +202,13 @@ def uniform(model: nn.Module, budget: Budget, method: str) -> Any:
     the smallest possible, `BadInput` for a budget that such a method cannot be held to.
     """
     layers = planned_layers(model, budget)
-    if budget.bops is not None or budget.latency is not None:
-        raise BadInput(f"{method} treats the network as a whole and takes a budget of bits or size")
     kind = catalogue.settings(method)
     default = kind()
+    if hasattr(default, "within"):  # it places the bits itself; three more tensors a layer: range and bias
+        beside = fixed_bits(model, layers) + 3 * HEADER * len(layers)
+        return default.within(budget.in_bytes(float_bytes(model)), beside)
+    if budget.bops is not None or budget.latency is not None:
+        raise BadInput(f"{method} treats the network as a whole and takes a budget of bits or size")
     weights = [weight_of(model, layer) for layer in layers]
     group = getattr(default, "group", 0)
     if group > 0 and any(weight[0].numel() % group for weight in weights):
@@ -169,11 +217,17 @@ def uniform(model: nn.Module, budget: Budget, method: str) -> Any:
     fixed = fixed_bits(model, layers)
     needed = 0.0
     for bits in sorted(BITS, reverse=True):
-        needed = sum(affine_bits(weight.shape, bits, getattr(default, "group", 0)) for weight in weights)
+        needed = sum(most_bits(dataclasses.replace(default, bits=bits), weight.shape) for weight in weights)
         if needed <= ceilings.get("bits", needed) and needed + fixed <= ceilings.get("size", needed + fixed):
             return dataclasses.replace(default, bits=bits)
     least = needed / sum(weight.numel() for weight in weights)
     raise ImpossibleBudget(f"{method} cannot meet this budget: the smallest possible is bits={least:.3g}")
+
+
+def most_bits(settings: Any, shape: Sequence[int]) -> float:
+    """Bits of a weight of that shape: what the settings say (`stored_bits`), else those of a grid."""
+    own = getattr(settings, "stored_bits", None)
+    return affine_bits(shape, settings.bits, getattr(settings, "group", 0)) if own is None else own(shape)
 
 
 def affine_bits(shape: Sequence[int], bits: int, group: int) -> float:
@@ -195,7 +249,10 @@ def as_plan(model: nn.Module, change: Change, method: str, settings: Any) -> Pla
         moved = float(
             (form.decode().double() - weight).square().sum() / weight.square().sum().clamp(min=1e-30)
         )
-        choices[layer] = Option(layer, method, dataclasses.asdict(settings), cost, moved)
+        said = dataclasses.asdict(settings)
+        if isinstance(said.get("bits"), tuple):  # the widths it chose from
+            said["bits"] = (form.bits_per_code,)
+        choices[layer] = Option(layer, method, said, cost, moved)
     for layer in change.left:
         choices[layer] = keep(layer, weight_of(model, layer))
     return Plan(choices)

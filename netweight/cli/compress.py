@@ -44,9 +44,8 @@ def compress(
     with common.working():
         original, _ = common.open_model(model)
         task = common.open_task(data, original, metric)
-        small = pipeline.compress(
-            original, task, ceilings, method=method, out=out, resume=resume, distortion=distortion
-        )
+        how = {"method": method, "distortion": distortion, "thorough": thorough}
+        small = pipeline.compress(original, task, ceilings, out=out, resume=resume, **how)
         found = pipeline.compare(original, small, task, within=inside, thorough=thorough, seed=seed)
         if out is not None:
             pipeline.write(out, original, small, found, task)

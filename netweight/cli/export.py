@@ -10,32 +10,31 @@ import typer
 from netweight.cli import common
 from netweight.core.errors import unknown
 
-TARGETS = ("onnx",)
+FORMS = ("onnx", "onnxruntime", "openvino", "compressed-tensors", "integer")
 
 
 def export(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder that `netweight compress` wrote.")],
     data: common.DataName,
-    to: Annotated[str, typer.Option("--to", metavar="FORM", help=" or ".join(TARGETS))] = "onnx",
+    to: Annotated[str, typer.Option("--to", metavar="FORM", help=", ".join(FORMS))] = "onnx",
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File to write; by default DIR/model.onnx.")
+        Path | None, typer.Option(metavar="PATH", help="File or folder to write; by default inside DIR.")
     ] = None,
     like: Annotated[
         str | None, typer.Option(metavar="MODEL", help="The original, where DIR cannot say how it is built.")
     ] = None,
     json: common.Json = False,
 ) -> bool:
-    """Write a compressed network for another runtime, and check it."""
+    """Write a compressed network for another runtime, open it there, and compare."""
+    if to not in FORMS:
+        raise unknown("form", to, FORMS)
     from netweight import pipeline
-    from netweight.deployment import onnx
+    from netweight.deployment import exports
 
-    if to not in TARGETS:
-        raise unknown("form", to, TARGETS)
-    path = out or Path(folder) / "model.onnx"
     with common.working():
         small = pipeline.load(folder, like=common.open_model(like)[0] if like else None)
-        example = common.open_task(data, small.model).test.take(8).x
-        made = onnx.export(small, path, example)
-    content = {"path": str(path), "bytes": path.stat().st_size, **vars(made)}
-    common.answer(content, lambda: common.lines(content), as_json=json)
-    return made.same
+        task = common.open_task(data, small.model)
+        made = exports.export(small, task, to, out or Path(folder) / exports.PLACES[to])
+        exports.record(Path(folder), to, made)
+    common.answer(made, lambda: common.lines(made), as_json=json)
+    return made["same"]

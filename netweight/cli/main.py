@@ -13,9 +13,11 @@ from netweight.cli.common import command
 from netweight.cli.compare import compare
 from netweight.cli.compress import compress
 from netweight.cli.export import export
+from netweight.cli.inspect import inspect
 from netweight.cli.methods import methods
 from netweight.cli.plan import plan
 from netweight.cli.reproduce import reproduce
+from netweight.cli.schedule import schedule
 from netweight.cli.train import train
 from netweight.cli.verify import verify
 
@@ -26,7 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for function in (compress, plan, compare, verify, attack, train, export, methods, reproduce, bench):
+COMMANDS = (
+    compress, plan, compare, verify, attack, inspect, train, export, schedule, methods, reproduce, bench,
+)  # fmt: skip
+for function in COMMANDS:
     app.command(function.__name__)(command(function))
 
 

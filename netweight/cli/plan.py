@@ -36,7 +36,8 @@ def plan(
         from netweight.core import io
         from netweight.report import plots
 
-        io.write_bytes(plot, plots.distortion_against_cost(chosen, options).encode())
+        picture = plots.standalone(plots.distortion_against_cost(chosen, options))
+        io.write_bytes(plot, picture.encode())
     content = {
         **chosen.to_json(),
         "bits_per_weight": chosen.bits_per_weight,

@@ -23,6 +23,7 @@ class System:
     reproduction: the module whose `reproduce(seed=, quick=)` returns the Claim. tags: what one looks for;
     "learnt" is a method that trains, so that the planner prices it by plain rounding on the same grid.
     "whole network" is a method that changes more than the weights of one layer, so that no planner mixes it.
+    rewrites: the function that gives its exact rewrites alone, after which others may be planned.
     """
 
     slug: str
@@ -34,6 +35,7 @@ class System:
     reproduction: str = ""
     settings: str = ""
     tags: tuple[str, ...] = ()
+    rewrites: str = ""
 
     @property
     def result(self) -> str:
@@ -44,6 +46,7 @@ class System:
 
 _Q = "netweight.compression.quantize"
 _P = "netweight.compression.prune"
+_S = "netweight.compression.share"
 _SURVEY = "netweight.reproduce.quantization_survey"
 _LIRPA = "netweight.reproduce.auto_lirpa"
 _RRCM = "netweight.reproduce.rrcm"
@@ -64,12 +67,32 @@ SYSTEMS = (
     System(
         "awq", "AWQ: channels that carry most are scaled before rounding", "MLSys", 2024, "compression",
         f"{_Q}.awq:awq", "netweight.reproduce.awq", f"{_Q}.awq:AWQ",
-        ("weights", "grid", "calibration", "whole network"),
+        ("weights", "grid", "calibration", "whole network"), rewrites=f"{_Q}.awq:scales",
+    ),
+    System(
+        "affinequant", "AffineQuant: learnt matrices around each product before rounding", "ICLR", 2024,
+        "compression", f"{_Q}.affinequant:affinequant", "netweight.reproduce.affinequant",
+        f"{_Q}.affinequant:AffineQuant", ("weights", "grid", "calibration", "learnt", "whole network"),
     ),
     System(
         "adaround", "AdaRound: up or down is learnt, layer by layer", "ICML", 2020, "compression",
         f"{_Q}.adaround:adaround", _SURVEY, f"{_Q}.adaround:AdaRound",
         ("weights", "grid", "calibration", "learnt"),
+    ),
+    System(
+        "brecq", "BRECQ: up or down is learnt for the weights of a block together", "ICLR", 2021,
+        "compression", f"{_Q}.brecq:brecq", _SURVEY, f"{_Q}.brecq:BRECQ",
+        ("weights", "activations", "grid", "calibration", "learnt", "whole network"),
+    ),
+    System(
+        "powerquant", "PowerQuant: power grids with the exponent of least weight error", "ICLR", 2023,
+        "compression", f"{_Q}.powerquant:powerquant", "netweight.reproduce.nupes",
+        f"{_Q}.powerquant:PowerQuant", ("weights", "grid", "no data"),
+    ),
+    System(
+        "nupes", "NUPES: codes on a power grid and its exponent, learnt layer by layer", "TPAMI", 2025,
+        "compression", f"{_Q}.nupes:nupes", "netweight.reproduce.nupes", f"{_Q}.nupes:NUPES",
+        ("weights", "activations", "grid", "calibration", "learnt"),
     ),
     System(
         "smoothquant", "SmoothQuant: outliers of activations moved into weights", "ICML", 2023, "compression",
@@ -79,12 +102,22 @@ SYSTEMS = (
     System(
         "equalize", "Equal ranges across layers", "ICCV", 2019, "compression",
         f"{_Q}.equalize:equalize", _SURVEY, f"{_Q}.equalize:Equalize",
-        ("weights", "grid", "whole network"),
+        ("weights", "grid", "whole network"), rewrites=f"{_Q}.equalize:equalized",
     ),
     System(
         "bias-correction", "The mean error taken off the bias", "ICCV", 2019, "compression",
         f"{_Q}.bias_correction:bias_correction", _SURVEY, f"{_Q}.bias_correction:BiasCorrection",
         ("weights", "grid", "calibration", "whole network"),
+    ),
+    System(
+        "zeroq", "ZeroQ: calibration on inputs made of batch norms", "CVPR", 2020, "compression",
+        f"{_Q}.zeroq:zeroq", _SURVEY, f"{_Q}.zeroq:ZeroQ",
+        ("weights", "activations", "grid", "no data", "whole network"),
+    ),
+    System(
+        "hawq-v3", "HAWQ-V3: Dyadic Neural Network Quantization", "ICML", 2021, "compression",
+        f"{_Q}.hawq_v3:hawq_v3", "netweight.reproduce.hawq_v3", f"{_Q}.hawq_v3:HAWQV3",
+        ("weights", "activations", "grid", "calibration", "whole network", "mixed precision"),
     ),
     System(
         "magnitude", "Smallest weights first", "NeurIPS", 2015, "compression",
@@ -94,6 +127,26 @@ SYSTEMS = (
         "nm-magnitude", "N of M weights kept, the largest", "arXiv", 2021, "compression",
         f"{_P}.nm_magnitude:nm_magnitude", "", f"{_P}.nm_magnitude:NMMagnitude",
         ("weights", "pruning", "no data"),
+    ),
+    System(
+        "splitquant", "SplitQuant: a layer becomes three, each with a range of its own", "Edge AI", 2025,
+        "compression", f"{_Q}.splitquant:splitquant", "netweight.reproduce.splitquant",
+        f"{_Q}.splitquant:SplitQuant", ("weights", "grid", "no data"),
+    ),
+    System(
+        "rd-pruning", "Each layer pruned by how far it moves the output", "ICCV", 2023, "compression",
+        f"{_P}.rd_pruning:rd_pruning", "netweight.reproduce.rd_pruning", f"{_P}.rd_pruning:RDPruning",
+        ("weights", "pruning", "calibration"),
+    ),
+    System(
+        "kmeans", "Deep Compression: weights share a table of values", "ICLR", 2016, "compression",
+        f"{_S}.kmeans:kmeans", "netweight.reproduce.jlcm", f"{_S}.kmeans:KMeans",
+        ("weights", "codebook", "no data"),
+    ),
+    System(
+        "jlcm", "JLCM: tables of values and places in them learnt together", "ICLR", 2024, "compression",
+        f"{_S}.jlcm:jlcm", "netweight.reproduce.jlcm", f"{_S}.jlcm:JLCM",
+        ("weights", "codebook", "calibration", "learnt", "whole network"),
     ),
     System(
         "pgd", "Projected gradient ascent on the loss", "ICLR", 2018, "attacks",
@@ -145,6 +198,14 @@ SYSTEMS = (
         "rrcm", "Robust Representation Consistency Model via Contrastive Denoising", "ICLR", 2025,
         "training", reproduction=_RRCM, tags=("inputs", "proof", "statistical"),
     ),
+    System(
+        "e2gc", "E2GC: one group size for all group convolutions", "VLSID", 2020, "inspection",
+        "netweight.inspection.e2gc:e2gc", "netweight.reproduce.e2gc", tags=("energy", "convolution"),
+    ),
+    System(
+        "cosma", "COSMA: order, addresses and replacement in a small memory", "arXiv", 2023, "deployment",
+        "netweight.deployment.scratchpad.cosma:cosma", "netweight.reproduce.cosma", tags=("memory", "exact"),
+    ),
 )  # fmt: skip
 
 
@@ -194,6 +255,11 @@ def method(slug: str) -> Callable[..., Any]:
 def settings(slug: str) -> type[Any]:
     """The settings class of a method of compression/, imported now; raises `BadInput` where there is none."""
     return _resolve(slug, find(slug).settings, "settings")  # type: ignore[return-value]
+
+
+def rewrites(slug: str) -> Callable[..., Any]:
+    """The function of a method's exact rewrites alone: (model, task, layers, settings) -> rewrites."""
+    return _resolve(slug, find(slug).rewrites, "rewrites")
 
 
 def _resolve(slug: str, path: str, what: str) -> Callable[..., Any]:

@@ -132,7 +132,7 @@ def live(graph: Graph, tensors: Mapping[str, Tensor]) -> Graph:
     values.update({name: tensors[source] for name, source in graph.sources.items() if source in tensors})
     for node in graph.folded:
         if all(name in values for name in node.inputs):
-            values[node.name] = call(node, _filled(node.params, values))
+            values[node.name] = call(node, filled(node.params, values))
     return with_fields(graph, constants={name: values[name] for name in graph.constants})
 
 
@@ -144,7 +144,7 @@ def run(graph: Graph, x: Sequence[Any], step: Callable[[Node, dict[str, Any]], A
     values: dict[str, Any] = {**graph.constants, **{node.name: v for node, v in zip(graph.inputs, x)}}
     last = {name: index for index, node in enumerate(graph.nodes) for name in node.inputs}
     for index, node in enumerate(graph.nodes):
-        values[node.name] = step(node, _filled(node.params, values))
+        values[node.name] = step(node, filled(node.params, values))
         for name in node.inputs:
             if last[name] == index and name not in graph.outputs:
                 values.pop(name, None)
@@ -294,7 +294,7 @@ def _read(exported: Any) -> Graph:
             elif all(name in constants for name in node.inputs):
                 folded.append(node)
                 with torch.no_grad():
-                    constants[node.name] = call(node, _filled(node.params, constants))
+                    constants[node.name] = call(node, filled(node.params, constants))
             else:
                 nodes[node.name] = node
     used = {name for node in nodes.values() for name in node.inputs} | set(outputs)
@@ -356,10 +356,10 @@ def _same_as(node: Node, nodes: Mapping[str, Node]) -> str | None:
     return None
 
 
-def _filled(value: Any, values: Mapping[str, Any]) -> Any:
+def filled(value: Any, values: Mapping[str, Any]) -> Any:
     """Params with the values that their Refs name."""
     if isinstance(value, Ref):
         return values[value.name]
     if isinstance(value, Mapping):
-        return {key: _filled(v, values) for key, v in value.items()}
-    return [_filled(v, values) for v in value] if isinstance(value, list | tuple) else value
+        return {key: filled(v, values) for key, v in value.items()}
+    return [filled(v, values) for v in value] if isinstance(value, list | tuple) else value

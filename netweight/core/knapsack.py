@@ -66,7 +66,8 @@ class Problem:
     @property
     def scale(self) -> Float[np.ndarray, " k"]:
         """The size of the costs: rows divided by it suit a solver."""
-        return np.abs(self.cost).max(0) + np.finfo(float).tiny
+        largest = np.abs(self.cost).max(0)
+        return np.where(largest > 0, largest, 1.0)  # nothing costs anything: the ceiling stays a number
 
 
 def solve(

@@ -160,7 +160,7 @@ def _gram(columns: Float[Tensor, "b groups d n"]) -> Float[Tensor, "groups d d"]
     """The sum of x x^T over examples and positions; few examples at a time where the products are large."""
     groups, d = columns.shape[1:3]
     some = columns.split(max(AT_ONCE // (groups * d * d), 1))
-    return torch.stack([(part @ part.mT).double().sum(0) for part in some]).sum(0)
+    return torch.stack([(part @ part.mT).sum(0, dtype=torch.float64) for part in some]).sum(0)
 
 
 def _sum(a: Moments, b: Moments) -> Moments:

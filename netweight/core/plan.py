@@ -129,10 +129,14 @@ class Plan:
     """The chosen option of each layer.
 
     fixed: bits of what is stored beside the planned weights (norms, biases, file header), see `allocate`.
+    after: the method whose exact rewrites come first, "" for none. tried: name of each plan that was carried
+    out, and the distortion measured on the whole network (the least is this one); empty if only one was.
     """
 
     choices: dict[str, Option] = field(default_factory=dict)
     fixed: float = 0.0
+    after: str = ""
+    tried: dict[str, float] = field(default_factory=dict)
 
     @property
     def distortion(self) -> float:
@@ -151,7 +155,12 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values; `from_json` gives the same plan again."""
-        return {"fixed": self.fixed, "choices": [asdict(option) for option in self.choices.values()]}
+        return {
+            "fixed": self.fixed,
+            "after": self.after,
+            "tried": self.tried,
+            "choices": [asdict(option) for option in self.choices.values()],
+        }
 
     @classmethod
     def from_json(cls, content: Any) -> Plan:
@@ -160,7 +169,9 @@ class Plan:
             options = [
                 Option(**{**item, "settings": _frozen(item["settings"])}) for item in content["choices"]
             ]
-            return cls({option.layer: option for option in options}, float(content["fixed"]))
+            tried = {str(name): float(value) for name, value in content.get("tried", {}).items()}
+            after = str(content.get("after", ""))
+            return cls({option.layer: option for option in options}, float(content["fixed"]), after, tried)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise BadInput(
                 f"not a plan of netweight ({error}); expected what `netweight plan` wrote"

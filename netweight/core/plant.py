@@ -4,22 +4,20 @@
     imbalance   channel i of each site times r_i, the reading columns / r_i, ln r_i ~ N(0, sigma^2)
     mixing      value rows of a head times B, its output columns times B^-1, cond(B) = k
 
-`core.rewrite.rewritten` puts them in. The two former are `core.rewrite.Scale`, so that a method that works
-can undo them: the optimum is known. Small networks lack the outlier channels of large ones (Dettmers et al.,
-"LLM.int8()", 2022, arXiv:2208.07339), so what a method claims about them has to be shown on a planted
-network, beside the plain one.
+`core.rewrite.rewritten` puts them in. They are `core.rewrite.Scale` and `core.affine.Mixing`, so that a
+method that works can undo them: the optimum is known. Small networks lack the outlier channels of large ones
+(Dettmers et al., "LLM.int8()", 2022, arXiv:2208.07339), so what a method claims about them has to be shown on
+a planted network, beside the plain one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from netweight.core.errors import DoesNotFit
+from netweight.core.affine import Mixing
 from netweight.core.rewrite import Scale
 from netweight.core.sites import Site
 
@@ -53,41 +51,13 @@ def imbalance(model: nn.Module, sites: Sequence[Site], *, spread: float = 1.5, s
     ]
 
 
-@dataclass(frozen=True)
-class Mixing:
-    """W_v <- B W_v, b_v <- B b_v, W_o <- W_o B^-1 in every head of width d; B `heads d d`, float64.
-
-    Exact because the rows of an attention matrix act on tokens, B on the channels of one head. value and
-    output have one row and one column per channel (no grouped queries).
-    """
-
-    value: str
-    output: str
-    matrix: Float[Tensor, "heads d d"]
-
-    def apply(self, model: nn.Module) -> None:
-        """Mix in place; raises `DoesNotFit` where the heads do not fill the layers."""
-        value, output = model.get_submodule(self.value), model.get_submodule(self.output)
-        heads, d, _ = self.matrix.shape
-        if not len(value.weight) == output.weight.shape[1] == heads * d:
-            raise DoesNotFit(
-                f"{self.value}: {len(value.weight)} rows are not the {heads} x {d} channels of the heads"
-            )
-        B = self.matrix.to(value.weight.device)
-        with torch.no_grad():
-            for parameter in (value.weight, value.bias):
-                if parameter is not None:
-                    rows = parameter.double().reshape(heads, d, -1)
-                    parameter.copy_((B @ rows).reshape(parameter.shape))
-            columns = output.weight.double().reshape(-1, heads, d).transpose(0, 1)
-            mixed = columns @ torch.linalg.inv(B)
-            output.weight.copy_(mixed.transpose(0, 1).reshape(output.weight.shape))
-
-
 def mixing(
     value: str, output: str, *, heads: int, width: int, condition: float = 30.0, seed: int = 0
 ) -> Mixing:
-    """B = U diag(1 .. 1/condition) V^T with random orthogonal U, V, one for each head of `width` channels."""
+    """B = U diag(1 .. 1/condition) V^T with random orthogonal U, V, one for each head of `width` channels.
+
+    It is the A^-T of `core.affine.Mixing`; `heads` are those of value.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def orthogonal() -> Tensor:
@@ -95,7 +65,7 @@ def mixing(
         return torch.linalg.qr(gaussian).Q
 
     singular = torch.logspace(0, -1, width, base=condition, dtype=torch.float64)
-    return Mixing(value, output, orthogonal() * singular @ orthogonal().mT)
+    return Mixing(value, output, torch.linalg.inv(orthogonal() * singular @ orthogonal().mT).mT)
 
 
 def _channels(model: nn.Module, site: Site) -> int:

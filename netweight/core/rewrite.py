@@ -2,6 +2,7 @@
 
     FoldBatchNorm   conv -> norm             becomes  conv', norm gone
     Scale           producer -> consumers    becomes  producer / s -> consumers * s     (per channel, s > 0)
+    Unclip          ReLU6                    becomes  ReLU                              (exact below 6 alone)
 
 `Scale` is exact where only linear or positively homogeneous maps (identity, ReLU, products with another
 factor) lie between producer and consumers, and where nothing else reads the producer's output.
@@ -10,7 +11,7 @@ factor) lie between producer and consumers, and where nothing else reads the pro
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,21 @@ class Scale:
         if not bool(((self.scale > 0) & self.scale.isfinite()).all()):
             raise ValueError(f"{self.producer}: scales are positive and finite")
 
+    def changed(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same as an equation on parameters by full name; gradients reach them and s."""
+        s, new = self.scale, {}
+        for name in (f"{self.producer}.weight", f"{self.producer}.bias"):
+            if name in values:
+                value, rest = values[name], len(values[name]) - len(s)
+                divided = value[rest:] / s.reshape(-1, *[1] * (value.ndim - 1))
+                new[name] = torch.cat([value[:rest], divided]) if rest else divided
+        for name in (f"{consumer}.weight" for consumer in self.consumers):
+            weight = values[name]
+            rows = weight.reshape(len(s) // weight.shape[1], -1, *weight.shape[1:])
+            columns = s.reshape(len(rows), 1, -1, *[1] * (weight.ndim - 2))
+            new[name] = (rows * columns).reshape(weight.shape)
+        return new
+
     def apply(self, model: nn.Module) -> None:
         """Scale in place; raises `DoesNotFit` where channels do not agree."""
         producer = model.get_submodule(self.producer)
@@ -89,6 +105,21 @@ class Scale:
                     setattr(producer, name, nn.Parameter(divided))
             for name in self.consumers:
                 scale_inputs(model.get_submodule(name), self.scale, name)
+
+
+@dataclass(frozen=True)
+class Unclip:
+    """A ReLU6 becomes a ReLU, which can be scaled; exact where no input is above 6, so the methods that use
+    it count it among what they cost."""
+
+    activation: str
+
+    def apply(self, model: nn.Module) -> None:
+        """Replace in place; raises `DoesNotFit` for anything but a ReLU6."""
+        module = model.get_submodule(self.activation)
+        if not isinstance(module, nn.ReLU6):
+            raise DoesNotFit(f"{self.activation}: a {type(module).__name__} is not a ReLU6")
+        replace(model, self.activation, nn.ReLU())
 
 
 def scale_inputs(layer: nn.Module, scale: Float[Tensor, " channels"], name: str = "layer") -> None:

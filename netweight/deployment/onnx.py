@@ -2,10 +2,12 @@
 
 Each weight on a uniform grid is stored as codes (uint4 up to 4 bits, uint8 above), scales and zero points in
 front of a DequantizeLinear node, (code - zero) scale, one scale for the tensor, per row, or per block of
-inputs (operator set 21). Runtimes decode such weights when they load the file or fuse them into integer
-products. Weights in any other stored form are written as they decode; rounding of activations is written as
-the arithmetic it is. Before a file is written it is run in ONNX Runtime on the examples given, and compared
-with the network that was asked for.
+inputs (operator set 21); a symmetric 8-bit grid as int8 with zero point 0. Runtimes decode such weights when
+they load the file or fuse them into integer products. Weights in any other stored form are written as they
+decode. Static rounding of activations is a pair QuantizeLinear, DequantizeLinear; dynamic rounding is written
+as the arithmetic it is. With `low_bit_products`, linear layers of at most 4 bits become MatMulNBits, ONNX
+Runtime's own operator (`deployment/matmulnbits.py`). Before a file is written it is run in ONNX Runtime on
+the examples given, and compared with the network that was asked for.
 """
 
 from __future__ import annotations
@@ -25,9 +27,12 @@ from jaxtyping import Num
 from torch import Tensor, nn
 
 from netweight.core import io
-from netweight.core.compressed import Compressed
+from netweight.core.compressed import Compressed, replace
 from netweight.core.errors import DoesNotFit, need
 from netweight.core.grid import PER_ROW, PER_TENSOR
+from netweight.deployment import matmulnbits
+from netweight.deployment.reopened import wanted
+from netweight.nn.fake import Static
 from netweight.nn.packed import Affine
 
 OPSET = 21
@@ -66,19 +71,44 @@ class Opened(nn.Module):
         return torch.func.functional_call(self.plain, dict(zip(self.names, weights)), (x,))
 
 
-def export(small: Compressed, path: str | Path, x: Num[Tensor, "b *in"]) -> Exported:
+class Quantized(nn.Module):
+    """Static rounding as the pair of operators that runtimes look for, with the function of `fake.Static`."""
+
+    def __init__(self, rounding: Static) -> None:
+        super().__init__()
+        self.top = 2**rounding.bits - 1
+        self.register_buffer("scale", rounding.scale.float(), persistent=False)
+        self.register_buffer("zero", rounding.zero.to(torch.uint8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x on the grid."""
+        if self.top < 255:  # QuantizeLinear clips at 255
+            x = torch.minimum(x, (self.top - self.zero.float()) * self.scale)
+        extra = {"shape": x.shape, "version": OPSET}
+        linear = torch.onnx.ops.symbolic
+        codes = linear("QuantizeLinear", (x, self.scale, self.zero), dtype=torch.uint8, **extra)
+        return linear("DequantizeLinear", (codes, self.scale, self.zero), dtype=torch.float32, **extra)
+
+
+def export(
+    small: Compressed, path: str | Path, x: Num[Tensor, "b ..."], *, low_bit_products: bool = False
+) -> Exported:
     """Write the network as an ONNX file at `path` (whole or not at all), and compare the two on x.
 
-    Any number of examples may be run at once where the network allows it. Raises `MissingExtra` without onnx,
-    onnxruntime and onnxscript, and `DoesNotFit` where an operator has no counterpart in ONNX.
+    low_bit_products: write MatMulNBits where it applies, which ONNX Runtime alone can run. Any number of
+    examples may be run at once where the network allows it. Raises `MissingExtra` without onnx, onnxruntime
+    and onnxscript, and `DoesNotFit` where an operator has no counterpart in ONNX.
     """
     onnx = need("onnx")
     for package in ("onnxruntime", "onnxscript"):
         need(package)
     forms = integer_forms(small)
-    proto = traced(small.plain().eval().cpu(), tuple(forms), x.cpu())
+    proto = traced(paired(small.plain().eval().cpu()), tuple(forms), x.cpu())
     for name, form in forms.items():
-        store(proto.graph, name, form)
+        if not (low_bit_products and matmulnbits.store(proto.graph, name, form)):
+            store(proto.graph, name, form)
+    if low_bit_products:
+        proto.opset_import.append(onnx.helper.make_opsetid(matmulnbits.DOMAIN, 1))
     kept = [value for value in proto.graph.input if value.name not in forms]
     del proto.graph.input[:]
     proto.graph.input.extend(kept)
@@ -91,6 +121,14 @@ def export(small: Compressed, path: str | Path, x: Num[Tensor, "b *in"]) -> Expo
     made = compared(small, content, x, len(forms))
     io.write_bytes(path, content)
     return made
+
+
+def paired(plain: nn.Module) -> nn.Module:
+    """The network with every static rounding of at most 8 bits as a pair of operators, in place."""
+    for name, module in list(plain.named_modules()):
+        if isinstance(module, Static) and module.bits <= 8:
+            replace(plain, name, Quantized(module))
+    return plain
 
 
 def integer_forms(small: Compressed) -> dict[str, Affine]:
@@ -172,7 +210,10 @@ def store(graph: Any, name: str, form: Affine) -> None:
     turned = len(readers) == 1 and readers[0].op_type == "Transpose" and len(form.shape) == 2
     target = readers[0].output[0] if turned else name
     codes, scale, zero, settings = laid_out(form, turned)
-    kind = need("onnx").TensorProto.UINT4 if form.bits_per_code <= 4 else need("onnx").TensorProto.UINT8
+    types = need("onnx").TensorProto
+    kind = types.UINT4 if form.bits_per_code <= 4 else types.UINT8
+    if form.bits_per_code == 8 and form.zero is None:  # what products of 8-bit integers are made for
+        codes, zero, kind = codes.astype(np.int16) - 128, zero.astype(np.int16) - 128, types.INT8
     graph.initializer.extend(
         [
             integers(f"{name}.codes", codes, kind),
@@ -211,9 +252,9 @@ def laid_out(form: Affine, turned: bool) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def integers(name: str, values: np.ndarray, kind: int) -> Any:
-    """A tensor of uint8, or of uint4 with two codes a byte, the first one low."""
+    """A tensor of (u)int8, or of uint4 with two codes a byte, the first one low."""
     helper, proto = need("onnx").helper, need("onnx").TensorProto
-    flat = values.reshape(-1).astype(np.uint8)
+    flat = values.reshape(-1).astype(np.int8 if kind == proto.INT8 else np.uint8)
     if kind == proto.UINT4:
         flat = np.append(flat, np.zeros(len(flat) % 2, np.uint8))
         flat = flat[0::2] | (flat[1::2] << 4)
@@ -222,17 +263,15 @@ def integers(name: str, values: np.ndarray, kind: int) -> Any:
 
 def compared(small: Compressed, content: bytes, x: Tensor, integer_weights: int) -> Exported:
     """The file's outputs in ONNX Runtime on the CPU beside those of the network."""
-    device = next((t.device for t in (*small.model.parameters(), *small.model.buffers())), x.device)
-    with torch.no_grad():
-        wanted = small.model.eval()(x.to(device)).float().cpu()
+    expected = wanted(small, x)
     precise, default = outputs(content, x, precise=True), outputs(content, x, precise=False)
-    difference = float((precise - wanted).abs().max())
-    same_class = default.argmax(-1) == wanted.argmax(-1)
+    difference = float((precise - expected).abs().max())
+    same_class = default.argmax(-1) == expected.argmax(-1)
     return Exported(
         examples=len(x),
         largest_difference=difference,
-        same=math.isfinite(difference) and difference <= CLOSE * max(1.0, float(wanted.abs().max())),
-        default_difference=float((default - wanted).abs().max()),
+        same=math.isfinite(difference) and difference <= CLOSE * max(1.0, float(expected.abs().max())),
+        default_difference=float((default - expected).abs().max()),
         same_class=float(same_class.float().mean()),
         integer_weights=integer_weights,
         packed_weights=len(small.packed),

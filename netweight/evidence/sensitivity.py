@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import statistics
-import time
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,14 +31,19 @@ from torch import Tensor, nn
 from netweight.core.compressed import WEIGHTED, Change, Packed, replace, weight_of
 from netweight.core.curvature import traces
 from netweight.core.errors import DoesNotFit, unknown
+from netweight.core.grid import Grid
+from netweight.core.latency import seconds
 from netweight.core.moments import Moments, moments, watched
 from netweight.core.plan import Option
 from netweight.core.progress import steps
 from netweight.core.task import Data, Task, outputs
+from netweight.nn.packed import Affine
 
 Distortion = Literal["output", "kl", "network", "curvature"]
 DISTORTIONS = ("output", "kl", "network", "curvature")
-TIMED, WARM_UP = 7, 2  # runs of a layer of which the median counts; runs before them
+GRID_SETTINGS = ("bits", "symmetric", "group")
+FEW = 8  # settings of one method that are priced without asking which are promising
+CLEARLY = 0.8
 FLOAT_BITS = 32  # what an activation counts in bit operations while it is not rounded
 
 
@@ -83,14 +88,12 @@ def options(
         priced = _of_layer(model, task, layer, candidates)
         plain = keep(layer, weight, macs)
         if timed:
-            plain = dataclasses.replace(
-                plain, cost={**plain.cost, "latency": _seconds(module, inputs[layer])}
-            )
+            plain = dataclasses.replace(plain, cost={**plain.cost, "latency": seconds(module, inputs[layer])})
         for (candidate, form, _), value in zip(priced, price(layer, priced)):
             cost = {"bits": float(form.bits()), "weights": float(weight.numel())}
             cost["bops"] = macs * form.bits() / weight.numel() * FLOAT_BITS
             if timed:
-                cost["latency"] = _seconds(form.layer(module), inputs[layer])
+                cost["latency"] = seconds(form.layer(module), inputs[layer])
             found.append(Option(layer, candidate.slug, dataclasses.asdict(candidate.settings), cost, value))
         found.append(plain)
     return found
@@ -130,19 +133,6 @@ def _first_inputs(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[s
     return seen
 
 
-@torch.no_grad()
-def _seconds(module: nn.Module, x: Tensor) -> float:
-    """Median seconds of one call, on the device of x."""
-    taken = []
-    for _ in range(WARM_UP + TIMED):
-        start = time.perf_counter()
-        module(x)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[WARM_UP:])
-
-
 def keep(layer: str, weight: Tensor, macs: float = 0.0) -> Option:
     """The option that leaves a weight as it is."""
     bits = 8.0 * weight.element_size() * weight.numel()
@@ -159,13 +149,43 @@ def _of_layer(model: nn.Module, task: Task, layer: str, candidates: Sequence[Can
     weight = weight_of(model, layer)
     seen = _moments(model, task.calibration, layer)
     priced = []
-    for candidate in candidates:
+    for candidate in _promising(candidates, weight, seen):
         try:
             form = candidate.method(model, task.blind(), [layer], candidate.settings).packed[layer]
         except (DoesNotFit, KeyError):
             continue
         priced.append((candidate, form, _error(form.decode() - weight, weight, seen)))
     return priced
+
+
+def _promising(candidates: Sequence[Candidate], weight: Tensor, seen: Moments | None) -> list[Candidate]:
+    """Without the settings of a uniform grid that plain rounding shows to be dominated: another setting of
+    the same method takes no more bits and leaves less than `CLEARLY` of the error.
+
+    A method that is better than rounding to nearest is so on every grid, by about as much.
+    """
+    kept: list[Candidate] = []
+    for _, group in itertools.groupby(candidates, key=lambda candidate: candidate.slug):
+        alike = list(group)
+        if len(alike) < FEW or not all(hasattr(c.settings, name) for c in alike for name in GRID_SETTINGS):
+            kept += alike
+            continue
+        rounded = [_rounded(weight, c.settings, seen) for c in alike]
+        kept += [
+            candidate
+            for candidate, (bits, error) in zip(alike, rounded)
+            if not any(b <= bits and e < CLEARLY * error for b, e in rounded)
+        ]
+    return kept
+
+
+def _rounded(weight: Tensor, settings: Any, seen: Moments | None) -> tuple[float, float]:
+    """Stored bits and relative output error of plain rounding; infinite bits where the grid does not fit."""
+    try:
+        form = Affine.nearest(weight, Grid(settings.bits, settings.symmetric, settings.group))
+    except DoesNotFit:
+        return math.inf, math.inf
+    return form.bits(), _error(form.decode() - weight, weight, seen)
 
 
 def _moments_of_all(model: nn.Module, data: Data, layers: Sequence[str]) -> None:
@@ -206,6 +226,21 @@ def _scaled(errors: Sequence[float], measure: Callable[[int], float]) -> list[fl
     return [error * unit for error in errors]
 
 
+def divergence(reference: Tensor, moved: Tensor) -> float:
+    """Mean KL divergence of the softmax outputs in nats, inf where they are not finite; the mean squared
+    difference for a single output."""
+    if not moved.isfinite().all():
+        return math.inf
+    if reference.shape[-1] == 1:
+        return float((moved - reference).double().square().mean())
+    total, count = 0.0, 0
+    for before, after in zip(reference.split(64), moved.split(64)):  # float64 copies of few rows at a time
+        p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+        each = (p.exp() * (p - q)).sum(-1)
+        total, count = total + float(each.sum()), count + each.numel()
+    return max(total / count, 0.0)
+
+
 class Judge:
     """How far the outputs of a network move when one layer's weight is replaced."""
 
@@ -220,12 +255,13 @@ class Judge:
             return float((moved - self.reference).double().square().mean())
 
     def divergence(self, layer: str, form: Packed) -> float:
-        """Mean KL divergence of the softmax outputs in nats; squared error for a single output."""
-        if self.reference.shape[-1] == 1:
-            return self.squared(layer, form)
+        """See `divergence`, with that one layer changed."""
         with self._changed(layer, form) as moved:
-            p, q = self.reference.double().log_softmax(-1), moved.double().log_softmax(-1)
-            return float((p.exp() * (p - q)).sum(-1).mean().clamp(min=0))
+            return divergence(self.reference, moved)
+
+    def whole(self, other: nn.Module) -> float:
+        """See `divergence`, for another network on the same data."""
+        return divergence(self.reference, outputs(other, self.data))
 
     @contextmanager
     def _changed(self, layer: str, form: Packed) -> Iterator[Tensor]:

@@ -89,9 +89,11 @@ def _found(name: str) -> nn.Module:
 
 
 def _folder(path: Path) -> nn.Module:
-    """The network of a Hugging Face folder."""
+    """The network of a Hugging Face folder, or the float64 twin of an integer network."""
     if (path / io.MARK).exists():
         raise BadInput(f"{path}: this folder holds a compressed network; read it with Compressed.load")
+    if (path / "integer.json").is_file():
+        return named("netweight.nn.integer_twin:load")(path)
     if not (path / "config.json").is_file():
         raise BadInput(
             f"{path}: there is no config.json; expected a Hugging Face folder (config.json, *.safetensors)"

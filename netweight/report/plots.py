@@ -26,6 +26,7 @@ COLOURS = ("#3b82c4", "#d97a1e", "#2f9e77", "#b65ca0", "#8f8a1d", "#c9543f", "#5
 KEPT = "#8b9097"
 WIDTH = 5.0  # inches; one inch is 72 units of the SVG
 NAMED = 80  # more layers than this are drawn without their names
+SPACES = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
 POINTS = 1500  # more points than this are drawn as pixels, which keeps the file small
 
 
@@ -33,7 +34,7 @@ def bits_per_layer(layers: Sequence[Mapping[str, Any]]) -> str:
     """Stored bits per weight of each layer (keys layer, method, bits_per_weight), coloured by method."""
     colours = colours_of([str(layer["method"]) for layer in layers])
     height = 0.9 + (0.24 * len(layers) if len(layers) <= NAMED else 12)
-    figure, axes = _figure(height)
+    figure, axes = canvas(height)
     places = range(len(layers))
     widths = [float(layer["bits_per_weight"]) for layer in layers]
     bars = axes.barh(places, widths, color=[colours[str(layer["method"])] for layer in layers], height=0.72)
@@ -47,8 +48,8 @@ def bits_per_layer(layers: Sequence[Mapping[str, Any]]) -> str:
         axes.set_yticks([])
         axes.set_ylabel(f"{len(layers)} layers, first on top")
     axes.tick_params(axis="y", length=0)
-    _legend(axes, colours)
-    return _svg(figure, "bits", "Stored bits per weight of each layer")
+    legend(axes, colours)
+    return as_svg(figure, "bits", "Stored bits per weight of each layer")
 
 
 def distortion_against_cost(plan: Plan, options: Sequence[Option]) -> str:
@@ -57,7 +58,7 @@ def distortion_against_cost(plan: Plan, options: Sequence[Option]) -> str:
     colours = colours_of([option.method for option in every])
     smallest = min((option.distortion for option in every if option.distortion > 0), default=1.0)
     floor = 10.0 ** (math.floor(math.log10(smallest)) - 1)  # where no distortion at all is drawn
-    figure, axes = _figure(3.6)
+    figure, axes = canvas(3.6)
     for method, colour in colours.items():
         points = _points([option for option in every if option.method == method], floor)
         axes.scatter(*points, s=9, color=colour, alpha=0.55, linewidths=0, rasterized=len(every) > POINTS)
@@ -72,13 +73,13 @@ def distortion_against_cost(plan: Plan, options: Sequence[Option]) -> str:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.set_xlabel("stored bits per weight")
     axes.set_ylabel("distortion")
-    _legend(axes, {**colours, "chosen": "none"})
-    return _svg(figure, "distortion", "Distortion against stored bits per weight, all options")
+    legend(axes, {**colours, "chosen": "none"})
+    return as_svg(figure, "distortion", "Distortion against stored bits per weight, all options")
 
 
 def answers(rows: Sequence[Row]) -> str:
     """Rows that are shares: the original as a ring, the compressed network as a dot with its interval."""
-    figure, axes = _figure(0.9 + 0.42 * len(rows))
+    figure, axes = canvas(0.9 + 0.42 * len(rows))
     for place, row in enumerate(rows):
         axes.plot([row.original, row.compressed], [place, place], color=KEPT, linewidth=1.2, zorder=1)
         if row.low == row.low and row.high == row.high:
@@ -92,14 +93,14 @@ def answers(rows: Sequence[Row]) -> str:
     axes.tick_params(axis="y", length=0)
     axes.set_xlim(-0.02, 1.02)
     axes.set_xlabel("share of examples")
-    _legend(axes, {"original": "none", "compressed": COLOURS[0]})
-    return _svg(figure, "answers", "Shares for the original and the compressed network")
+    legend(axes, {"original": "none", "compressed": COLOURS[0]})
+    return as_svg(figure, "answers", "Shares for the original and the compressed network")
 
 
 def certified_accuracy(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Of each report of `verification.smoothing`, by name: the share certified at least to a radius."""
     colours = colours_of([*reports])
-    figure, axes = _figure(3.0)
+    figure, axes = canvas(3.0)
     for name, told in reports.items():
         radii = [0.0, *sorted(row["radius"] for row in told["inputs"] if row["class"] == row["label"])]
         shares = [(len(radii) - place) / told["examples"] for place in range(1, len(radii) + 1)]
@@ -109,8 +110,8 @@ def certified_accuracy(reports: Mapping[str, Mapping[str, Any]]) -> str:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("certified radius, L2 in units of the input")
     axes.set_ylabel("certified accuracy")
-    _legend(axes, {literal(shortened(name)): colour for name, colour in colours.items()})
-    return _svg(figure, "certified", "Certified accuracy against the radius")
+    legend(axes, {literal(shortened(name)): colour for name, colour in colours.items()})
+    return as_svg(figure, "certified", "Certified accuracy against the radius")
 
 
 def colours_of(methods: Sequence[str]) -> dict[str, str]:
@@ -134,7 +135,7 @@ def _points(options: Sequence[Option], floor: float) -> tuple[list[float], list[
     return [bits_per_weight(o.cost) for o in options], [max(o.distortion, floor) for o in options]
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def canvas(height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
@@ -151,7 +152,7 @@ def _figure(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
+def legend(axes: Axes, colours: Mapping[str, str]) -> None:
     """One mark per name above the plot; "none" is a ring."""
     for name, colour in colours.items():
         edge = INK if colour == "none" else colour
@@ -169,7 +170,7 @@ def _legend(axes: Axes, colours: Mapping[str, str]) -> None:
     )
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
+def as_svg(figure: Figure, name: str, title: str) -> str:
     """The figure as one element: no XML head, no metadata, ids of its own, as wide as its place."""
     text = io.StringIO()
     settings = {"svg.fonttype": "none", "svg.hashsalt": name}
@@ -182,6 +183,10 @@ def _svg(figure: Figure, name: str, title: str) -> str:
     svg = re.sub(r'id="', f'id="{name}-', svg)
     svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
     svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    return re.sub(
-        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg role="img" aria-label="{title}" \1>', svg, count=1
-    )
+    head = rf'<svg role="img" aria-label="{title}" \1>'
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', head, svg, count=1)
+
+
+def standalone(svg: str) -> str:
+    """The element as the content of a file, which needs the namespaces that a page does not."""
+    return svg.replace("<svg ", f"<svg {SPACES} ", 1)

@@ -66,6 +66,17 @@ def catalogue(lines: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def traits(lines: Sequence[Mapping[str, Any]]) -> Table:
+    """The fields of `core.taxonomy` of every method that has them, "none" left out."""
+    table = _table("method", "what it is")
+    for line in lines:
+        if line["traits"]:
+            said = (f"{name}: {', '.join(values)}" for name, values in line["traits"].items() if values)
+            shown = "; ".join(text for text in said if not text.endswith(": none"))
+            table.add_row(Text(line["slug"]), Text(shown), end_section=True)
+    return table
+
+
 def bars(outcome: Mapping[str, Any]) -> Table:
     """Each bar of a reproduction: mean and spread over the seeds, the mark, and whether it is reached."""
     table = _table("bar", right=("measured", "spread", "mark", "reached"))

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from netweight.core import progress
 from netweight.core.compressed import Compressed
 from netweight.core.errors import BadInput, DoesNotFit, unknown
-from netweight.core.graph import Graph, capture
+from netweight.core.graph import Graph, Node, capture
 from netweight.core.perturbation import Perturbation
 from netweight.core.task import Data, Task
 from netweight.verification import alpha, crown, forward, ibp
@@ -244,10 +244,9 @@ def _how(graph: Graph, method: str, arithmetic: str | None) -> tuple[str, str]:
     """(method, arithmetic), checked; by default the coarsest precision that the network computes in."""
     if method not in METHODS:
         raise unknown("method of bounds", method, METHODS)
+    computed = [node for node in graph.inputs if not _converted(graph, node)]
     found = {
-        str(n.dtype).removeprefix("torch.")
-        for n in (*graph.inputs, *graph.nodes)
-        if n.dtype.is_floating_point
+        str(n.dtype).removeprefix("torch.") for n in (*computed, *graph.nodes) if n.dtype.is_floating_point
     }
     for name in found - ARITHMETICS.keys():
         raise DoesNotFit(
@@ -256,6 +255,13 @@ def _how(graph: Graph, method: str, arithmetic: str | None) -> tuple[str, str]:
     if arithmetic is not None and arithmetic not in ARITHMETICS:
         raise unknown("arithmetic", arithmetic, ARITHMETICS)
     return method, arithmetic or min(found, default="float64")
+
+
+def _converted(graph: Graph, entrance: Node) -> bool:
+    """Whether all that is done with an input is to widen it: nothing is computed in its own precision."""
+    readers = [node for node in graph.nodes if entrance.name in node.inputs]
+    wide = all(node.op == "aten._to_copy" and node.dtype == torch.float64 for node in readers)
+    return bool(readers) and wide and entrance.name not in graph.outputs
 
 
 def _bounds(

@@ -189,7 +189,7 @@ def _rounding(early: float, of: Callable[[Tensor], Tensor]) -> Callable[..., Sid
 
 
 def _limited(n: Tensor, p: Params) -> Tensor:
-    """Rounding to a grid that ends, `netweight.quantized`."""
+    """Rounding to a grid that ends, `netweight.quantized` and `netweight.floored`."""
     return n.clamp(p["low"], p["high"]) if "low" in p else n
 
 
@@ -267,6 +267,7 @@ def _mirrored(points: Points) -> Points:
 STEPPED: Mapping[str, Callable[..., Sides]] = {
     "aten.round": _rounding(0.5, torch.round),
     "netweight.quantized": _rounding(0.5, torch.round),
+    "netweight.floored": _rounding(0.0, torch.floor),
     "aten.floor": _rounding(0.0, torch.floor),
     "aten.ceil": _rounding(1.0, torch.ceil),
     "aten.trunc": _truncating,

@@ -7,6 +7,7 @@ export is put together where the whole is relaxed more tightly, and what no outp
 names of nodes that stay are the same.
 
     clamp(round(x / s) + z, a, b) - z       one staircase, `netweight.quantized`, without the clamps before it
+    clamp(floor(x), a, b)                   likewise, `netweight.floored`
     x > 0 ? x : w x                         prelu;   x > 0 ? x : a expm1(x / a)     celu, an elu
     min(0, x) - log1p(exp(-|x|))            -softplus(-x)
     m + log sum exp(x - m), m = max x       the same around the mean, which is affine
@@ -60,8 +61,8 @@ def call(node: Node, params: Params) -> Any:
     """The operator itself on tensors."""
     if node.op == "netweight.rounded":
         return params["self"]
-    if node.op == "netweight.quantized":
-        return _limited(params["self"].round(), params)
+    if node.op in STAIRS:
+        return _limited(STAIRS[node.op](params["self"]), params)
     return core.call(node, params)
 
 
@@ -71,11 +72,12 @@ def _limited(whole: Tensor, p: Params) -> Tensor:
 
 
 def quantized(node: Node, p: Params, unit: float) -> Interval:
-    """The interval of `netweight.quantized`."""
-    return Interval(*(_limited(end.round(), p) for end in (p["self"].lower, p["self"].upper)))
+    """The interval of `netweight.quantized` and `netweight.floored`."""
+    return Interval(*(_limited(STAIRS[node.op](end), p) for end in (p["self"].lower, p["self"].upper)))
 
 
-INTERVALS = {"netweight.rounded": interval, "netweight.quantized": quantized}
+STAIRS = {"netweight.quantized": torch.round, "netweight.floored": torch.floor}
+INTERVALS = {"netweight.rounded": interval, **dict.fromkeys(STAIRS, quantized)}
 
 
 # Rewriting -----------------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def _whole(value: Any) -> bool:
 
 
 def staircase(node: Node, draft: Draft) -> Found:
-    """clamp(round(x) + z, a, b) with whole a, b and constant whole z."""
+    """clamp(round(x) + z, a, b) or clamp(floor(x) + z, a, b) with whole a, b and constant whole z."""
     p = node.params
     if not all(_whole(draft.look(p.get(end))) for end in ("min", "max")):
         return None
@@ -183,7 +185,7 @@ def staircase(node: Node, draft: Draft) -> Found:
     if draft.is_op(inner, "aten.add") and draft.look(inner).params["alpha"] == 1:
         inner, offset = draft.look(inner).params["self"], draft.look(inner).params["other"]
     rounded, zero = draft.look(inner), 0.0 if offset is None else draft.look(offset)
-    if not draft.is_op(inner, "aten.round") or "decimals" in rounded.params or not _whole(zero):
+    if not draft.is_op(inner, "aten.round", "aten.floor") or "decimals" in rounded.params or not _whole(zero):
         return None
     chain, ends = Chain(node), {}
     for end, name in (("low", "min"), ("high", "max")):
@@ -191,9 +193,11 @@ def staircase(node: Node, draft: Draft) -> Found:
         if isinstance(value, Tensor):
             value = chain.constant(end, value) if value.numel() > 1 else float(value)
         ends[end] = value
-    x = _before_clamps(rounded.params["self"], draft, ends, chain)
+    x, down = rounded.params["self"], rounded.op == "aten.floor"
+    x = x if down else _before_clamps(x, draft, ends, chain)
     stairs = chain.add("quantized", node.shape, self=x, **ends)
-    chain.nodes[-1] = replace(chain.nodes[-1], op="netweight.quantized", overload="")
+    op = "netweight.floored" if down else "netweight.quantized"
+    chain.nodes[-1] = replace(chain.nodes[-1], op=op, overload="")
     if offset is not None:
         chain.add("add", node.shape, "Tensor", self=stairs, other=offset, alpha=1)
     return chain.ended()

@@ -25,6 +25,7 @@ from netweight.core.graph import Node, Ref
 from netweight.verification import difference, ibp, lines, order, products, weights
 from netweight.verification.backward import back, is_affine, summed_to, terms
 from netweight.verification.lines import Lines
+from netweight.verification.prepare import STAIRS
 from netweight.verification.problem import Problem
 from netweight.verification.products import through
 from netweight.verification.relax import ELEMENTARY, TINY, Interval
@@ -386,5 +387,5 @@ def _slack(problem: Problem, state: State, node: Node) -> Tensor | None:
     reach = torch.maximum(chosen.lower_slope.abs(), chosen.upper_slope.abs()) * x.size
     for intercept in (chosen.lower, chosen.upper):
         reach = reach if intercept is None else torch.maximum(reach, reach + intercept.abs())
-    rough = 0 if node.op in EXACT or node.op == "netweight.quantized" else ELEMENTARY
+    rough = 0 if node.op in EXACT or node.op in STAIRS else ELEMENTARY
     return rough * arithmetic.unit * size + 8 * arithmetic.own * reach + 8 * TINY

@@ -20,6 +20,7 @@ from netweight.core.result import Bar, Claim
 DIGITS = ("--data", "digits")
 COMMANDS = (
     "compress", "plan", "compare", "verify", "attack", "export", "methods", "reproduce", "bench", "train",
+    "inspect", "schedule",
 )  # fmt: skip
 
 
@@ -224,6 +225,11 @@ def test_methods_lists_the_catalogue():
     assert {line["room"] for line in answer("methods", "--room", "attacks")["methods"]} == {"attacks"}
     assert {line["room"] for line in answer("methods", "--room", "compress")["methods"]} == {"compression"}
     assert "did you mean 'attacks'" in sentence("methods", "--room", "atacks")
+    learnt = answer("methods", "--where", "rounding=learnt", "--where", "what=activations")["methods"]
+    assert "brecq" in [line["slug"] for line in learnt] and "rtn" not in [line["slug"] for line in learnt]
+    assert all("learnt" in line["traits"]["rounding"] for line in learnt)
+    assert "did you mean 'dyadic'" in sentence("methods", "--where", "arithmetic=diadic")
+    assert "rounding: second-order" in " ".join(call("methods", "--traits")[1].split())
     code, text, _ = call("methods")
     assert code == 0
     assert "quantization-survey" in text

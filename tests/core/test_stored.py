@@ -13,11 +13,19 @@ from netweight.compression.prune.nm_magnitude import encode as keep_n_of_m
 from netweight.compression.quantize.rtn import RTN
 from netweight.compression.quantize.rtn import encode as round_to_nearest
 from netweight.core import stored
+from netweight.core.affine import Facing, Mixing, Shift, Turn
 from netweight.core.errors import BadInput, NetweightError
-from netweight.core.rewrite import FoldBatchNorm, Scale
+from netweight.core.grid import Grid
+from netweight.core.permute import Permute
+from netweight.core.rewrite import FoldBatchNorm, Scale, Unclip
 from netweight.core.stored import put_together, take_apart
+from netweight.nn.codebook import Codebook
+from netweight.nn.dyadic import Dyadic
 from netweight.nn.fake import DynamicRounding, StaticRounding
+from netweight.nn.integer_steps import Clip, Concat, Entrance, Join, Move, Negate, Pool, Product, Rescale
 from netweight.nn.packed import Dense, Sparse
+from netweight.nn.power import Power, PowerRounding
+from netweight.nn.split import Split
 
 WEIGHT = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 THINGS = [
@@ -29,7 +37,27 @@ THINGS = [
     StaticRounding.of(-1.0, 2.0, 6),
     DynamicRounding(4),
     FoldBatchNorm("conv", "norm"),
+    Unclip("layer1.relu"),
     Scale("norm", ("query", "key"), torch.rand(4) + 0.1),
+    Codebook.nearest(torch.cat([WEIGHT] * 4, 1), 2, torch.tensor([1, 0, 1, 0])),
+    Permute(("gate", "up"), ("norm",), ("down",), torch.tensor([2, 0, 1], dtype=torch.int32)),
+    Shift("norm", ("query", "key"), torch.rand(4)),
+    Turn("norm", ("query", "key"), torch.eye(4)),
+    Mixing("value", "output", torch.eye(4)[None].double()),
+    Facing("query", "key", torch.eye(4)[None].double()),
+    Split.nearest(WEIGHT, (WEIGHT > 0).int() + (WEIGHT > 1), 3, Grid(2, group=-1)),
+    Power.nearest(WEIGHT, 3),
+    PowerRounding.of(0.0, 2.0, 0.5, 4),
+    Entrance(torch.ones(1, 2).double(), torch.zeros(1, 2).double(), -128, 127),
+    Product(torch.ones(2, 1, 3, dtype=torch.int8), torch.ones(2, dtype=torch.int32), (1,), (0,), (2,), 2),
+    Dyadic.of(torch.tensor([0.3, 0.7]).double()),
+    Rescale(Dyadic.of(torch.tensor([0.3, 0.7]).double()), 0, 255),
+    Join(),
+    Concat(1),
+    Clip(torch.zeros(1, dtype=torch.int32)),
+    Negate(),
+    Pool("max", kernel=(2,), stride=(2,), padding=(0,), dilation=(1,)),
+    Move("reshape", {"shape": [2, 3]}),
 ]
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netweight.nn.fake import DynamicRounding, StaticRounding, fake_round, grid_of
+from netweight.nn.fake import DynamicRounding, StaticRounding, fake_round, grid_of, round_between
 
 
 def test_by_hand():
@@ -76,3 +76,44 @@ def test_scale_and_zero_broadcast():
     x = torch.tensor([[1.2, 1.2], [3.3, 3.3]])
     y = fake_round(x, torch.tensor([[1.0], [0.5]]), torch.tensor([[0.0], [2.0]]), 4)
     assert y.tolist() == [[1.0, 1.0], [3.5, 3.5]]
+
+
+class Straight(torch.autograd.Function):
+    """round, which counts as the identity in gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0]
+
+
+@given(seed=st.integers(0, 2**16), bits=st.integers(2, 8))
+def test_learnt_ranges_have_the_gradients_of_the_formula(seed, bits):
+    g = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(4, 20, generator=g, dtype=torch.float64)
+    lo, hi = -0.5 - torch.rand(4, 1, generator=g).double(), 0.5 + torch.rand(4, 1, generator=g).double()
+    weights = torch.randn(4, 20, generator=g, dtype=torch.float64)
+
+    def formula(x, lo, hi, bits):
+        s = (hi - lo) / (2**bits - 1)
+        z = Straight.apply(-lo / s)
+        return ((Straight.apply(x / s) + z).clamp(0, 2**bits - 1) - z) * s
+
+    found = []
+    for way in (formula, round_between):
+        inputs = [t.clone().requires_grad_() for t in (x, lo, hi)]
+        y = way(*inputs, bits)
+        found.append((y.detach(), *torch.autograd.grad((y * weights).sum(), inputs)))
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*found))
+
+
+def test_learnt_ranges_round_tokens_as_the_dynamic_rounding_does():
+    x = torch.randn(64, 33, generator=torch.Generator().manual_seed(0))
+    y = round_between(x, x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), 4)
+    assert torch.allclose(y, DynamicRounding(4).module()(x), atol=1e-6)
+    zeros = torch.zeros(2, 3, requires_grad=True)
+    round_between(zeros, zeros.amin(-1, keepdim=True), zeros.amax(-1, keepdim=True), 4).sum().backward()
+    assert zeros.grad.isfinite().all()

@@ -53,18 +53,11 @@ def texts(svg: str) -> list[str]:
     ]
 
 
-def readable(svg: str) -> str:
-    """With the namespaces that a page of HTML does not need."""
-    return svg.replace(
-        "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" ', 1
-    )
-
-
 @pytest.mark.parametrize("name", ["bits", "distortion", "answers", "certified"])
 def test_each_is_one_element_that_needs_nothing_from_outside(name):
     svg = pictures()[name]
     assert svg.startswith("<svg role")
-    root = ET.fromstring(readable(svg))
+    root = ET.fromstring(plots.standalone(svg))
     assert root.get("viewBox")
     assert root.get("width") is None
     ids = [node.get("id") for node in root.iter() if node.get("id")]
@@ -82,18 +75,26 @@ def test_each_is_one_element_that_needs_nothing_from_outside(name):
 def test_names_stand_in_them_as_given():
     svg = pictures()["bits"]
     assert NASTY not in svg
-    assert [t for t in texts(readable(svg)) if t.startswith("a<b>")] == [f"{NASTY}{i}" for i in range(4)]
-    assert NASTY in texts(readable(pictures()["answers"]))
+    assert [t for t in texts(plots.standalone(svg)) if t.startswith("a<b>")] == [
+        f"{NASTY}{i}" for i in range(4)
+    ]
+    assert NASTY in texts(plots.standalone(pictures()["answers"]))
 
 
 def test_bars_are_as_long_as_the_bits():
-    shown = texts(readable(pictures()["bits"]))
+    shown = texts(plots.standalone(pictures()["bits"]))
     assert [t for t in shown if "." in t] == ["4.25", "5.25", "6.25", "7.25"]
     assert {"rtn", "keep"} <= set(shown)
 
 
+def test_a_file_of_its_own_is_well_formed():
+    with pytest.raises(ET.ParseError):  # as one element of a page
+        ET.fromstring(pictures()["distortion"])
+    assert ET.fromstring(plots.standalone(pictures()["distortion"])).tag == "{http://www.w3.org/2000/svg}svg"
+
+
 def test_every_option_is_a_point_and_every_choice_a_ring():
-    svg = readable(pictures()["distortion"])
+    svg = plots.standalone(pictures()["distortion"])
     uses = [
         n for n in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}use") if "clip" not in str(n.attrib)
     ]

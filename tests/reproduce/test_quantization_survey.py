@@ -5,6 +5,7 @@ import pytest
 from netweight.core.errors import BadInput
 from netweight.core.result import Bar
 from netweight.data.shared import shared_data
+from netweight.nn.ranges import HOW
 from netweight.reproduce import quantization_survey as survey
 
 needs_data = pytest.mark.skipif(shared_data() is None, reason="the data folder is not here")
@@ -35,6 +36,18 @@ def test_learning(subject):
     claim = survey.learning(subject, 2, 0.02, 0.02)
     check(claim.bars, 3)
     assert len(claim.figures["output error of GPTQ / RTN"]) == 4
+
+
+def test_figures_of_the_baselines_without_a_bar(subject):
+    blocks = survey.blocks(subject, 60)
+    (learnt,) = blocks.figures.values()
+    assert not blocks.bars and learnt["BRECQ"] > learnt["RTN"] + 0.1 < learnt["AdaRound"]
+    assert learnt["BRECQ, inputs at 4 bits"] > learnt["RTN"]
+    (by_range,) = survey.inputs(subject).figures.values()
+    assert set(by_range) == set(HOW)
+    assert all(by_range[how] > subject.accuracy() - 0.05 for how in HOW if how != "kl")
+    free = survey.without_data(subject, 0, 3).figures["without data"]
+    assert free["W3A6, ZeroQ"] > free["W3A6, calibrated"] - 0.03 and len(free) == 6
 
 
 @needs_data

@@ -1,6 +1,7 @@
 """No point leaves the lines; they touch; they are no looser than intervals; a kink's best line is known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,7 @@ QUANTIZED = Node(
     "q", "netweight.quantized", "", ("x",), {"self": Ref("x"), "low": -2.0, "high": 5.0}, (1, 1200),
     torch.float64, "",
 )  # fmt: skip
+FLOORED = replace(QUANTIZED, op="netweight.floored")
 
 
 def intervals(scale, positive, seed, count=1200):
@@ -331,18 +333,19 @@ def test_rounding_of_one_cell_is_a_constant_and_of_many_has_slope_one():
     assert float(found.upper[0, 1]) == pytest.approx(0.5, abs=0.3)
 
 
-def test_rounding_that_is_clamped_lies_within_its_own_lines():
+@pytest.mark.parametrize("node", [QUANTIZED, FLOORED], ids=lambda node: node.op)
+def test_rounding_that_is_clamped_lies_within_its_own_lines(node):
     lower, upper = intervals(4.0, False, 9)
     x = Interval(lower, upper)
     s = points(x, torch.Generator().manual_seed(10))
 
     def f(x):
-        return x.round().clamp(-2, 5)
+        return (x.floor() if node is FLOORED else x.round()).clamp(-2, 5)
 
     for alpha in (None, (torch.rand(1, 1200).double(), torch.rand(1, 1200).double())):
-        assert covered(lines(QUANTIZED, {**QUANTIZED.params, "self": x}, x, alpha), f, s)
+        assert covered(lines(node, {**node.params, "self": x}, x, alpha), f, s)
     wide = Interval(torch.tensor([[-10.0]]).double(), torch.tensor([[10.0]]).double())
-    found = lines(QUANTIZED, {**QUANTIZED.params, "self": wide}, wide)
+    found = lines(node, {**node.params, "self": wide}, wide)
     assert float(found.upper_slope * 0 + found.upper) < 5.0 < 5.6  # the hull, not round's line through 10.5
 
 
@@ -405,5 +408,5 @@ def test_what_is_undecided():
 
 
 def test_every_operator_is_tried():
-    tried = {node.op for node, _, _ in ALL.values()} | {QUANTIZED.op}
+    tried = {node.op for node, _, _ in ALL.values()} | {QUANTIZED.op, FLOORED.op}
     assert {"aten.relu6", "aten._prelu_kernel"} == SCALAR - tried  # names of two that are

@@ -26,15 +26,15 @@ codes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from netweight.core.calls import Call, first, recorded
 from netweight.core.compressed import WEIGHTED, Change, weight_of
 from netweight.core.errors import DoesNotFit
 from netweight.core.grid import Grid, in_groups, nearest
@@ -85,17 +85,11 @@ def awq(model: nn.Module, task: Task, layers: Sequence[str], settings: AWQ) -> C
     weights, left = weights_to_pack(model, layers, WEIGHTED)
     for layer, weight in weights.items():
         in_groups(weight, settings.group, layer)
-    places = asked(model, task.calibration, list(weights)) if settings.alphas > 1 else []
-    shared = {reader: site.consumers[0] for site in places for reader in site.consumers}
+    change = scales(model, task, list(weights), settings) if settings.alphas > 1 else []
+    rewrites = {reader: scale for scale in change for reader in scale.consumers}
+    shared = {reader: scale.consumers[0] for reader, scale in rewrites.items()}
     seen = moments(model, task.calibration, sorted({shared.get(layer, layer) for layer in weights}))
 
-    rewrites: dict[str, Scale] = {}
-    for site in steps(places, "Searching scales"):
-        calls = recorded(model, site.inspected, task.calibration) if site.inspected else []
-        best = search(model, site, seen[site.consumers[0]], calls, settings)
-        rewrites.update(dict.fromkeys(site.consumers, Scale(site.producer, site.consumers, best)))
-
-    change = [rewrites[site.consumers[0]] for site in places]
     scaled, packed = rewritten(model, change), {}
     for layer in steps(weights, "Clipping and rounding"):
         weight, gram = weight_of(scaled, layer), seen[shared.get(layer, layer)].gram
@@ -106,6 +100,18 @@ def awq(model: nn.Module, task: Task, layers: Sequence[str], settings: AWQ) -> C
             weight = clipped(weight, gram, settings.grid, settings.clips)
         packed[layer] = Affine.nearest(weight, settings.grid)
     return Change(packed, change, left=left)
+
+
+def scales(model: nn.Module, task: Task, layers: Sequence[str], settings: AWQ) -> list[Scale]:
+    """The exact rewrites alone: the best s of every site whose readers are all in `layers`."""
+    places = asked(model, task.calibration, layers)
+    seen = moments(model, task.calibration, sorted({site.consumers[0] for site in places}))
+    found = []
+    for site in steps(places, "Searching scales"):
+        calls = recorded(model, site.inspected, task.calibration) if site.inspected else []
+        best = search(model, site, seen[site.consumers[0]], calls, settings)
+        found.append(Scale(site.producer, site.consumers, best))
+    return found
 
 
 def asked(model: nn.Module, data: Data, layers: Sequence[str]) -> list[Site]:
@@ -155,42 +161,10 @@ def loss_of(
     inside = {f"{reader.removeprefix(f'{site.inspected}.')}.weight": w for reader, w in rounded.items()}
     with torch.no_grad():
         total = sum(
-            float((_first(functional_call(inspected, inside, args, extra)) - y).pow(2).sum())
+            float((first(functional_call(inspected, inside, args, extra)) - y).pow(2).sum())
             for args, extra, y in calls
         )
     return total / sum(y.numel() for _, _, y in calls)
-
-
-Call = tuple[tuple[Any, ...], Mapping[str, Any], Tensor]  # arguments and output of one call of a module
-
-
-class _Enough(Exception):
-    """The rest of the network need not run."""
-
-
-@torch.no_grad()
-def recorded(model: nn.Module, name: str, data: Data) -> list[Call]:
-    """All calls of one module on the data; each pass over the network stops behind it."""
-    calls: list[Call] = []
-
-    def keep(_module: nn.Module, args: tuple[Any, ...], extra: Mapping[str, Any], output: Any) -> None:
-        calls.append((args, extra, _first(output)))
-        raise _Enough
-
-    device = next(model.parameters()).device
-    was_training = model.training
-    handle = model.get_submodule(name).register_forward_hook(keep, with_kwargs=True)
-    model.eval()
-    try:
-        for x, _ in data:
-            try:
-                model(x.to(device))
-            except _Enough:
-                continue
-    finally:
-        model.train(was_training)
-        handle.remove()
-    return calls
 
 
 def clipped(
@@ -230,7 +204,3 @@ def times_columns(
     """W diag(s)."""
     s = spread(scale, layer).to(weight)
     return (weight.reshape(len(s), -1, s.shape[1]) * s[:, None]).reshape(weight.shape)
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

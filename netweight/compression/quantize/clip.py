@@ -1,7 +1,8 @@
-"""Rounding to nearest after the range has been chosen: by the error it leaves, or as a percentile.
+"""Rounding to nearest after the range has been chosen: by error, as a percentile, or by the KL divergence.
 
 Paper: Wu et al., "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation",
-2020, arXiv:2004.09602, section 5 (percentile); Nagel et al., 2021, arXiv:2106.08295, section 3.1 (error).
+2020, arXiv:2004.09602, section 5 (percentile); Nagel et al., 2021, arXiv:2106.08295, section 3.1 (error);
+Migacz, "8-bit Inference with TensorRT", GTC 2017 (KL, there for activations).
 
 For one group w with range [lo, hi] (see `compression/quantize/rtn.py`), Q rounds to the grid of a smaller
 range and clips to it:
@@ -9,6 +10,7 @@ range and clips to it:
     mse          range [r lo, r hi],   r = argmin over 1.00, 0.99 .. 0.21 of  sum_i |w_i - Q_r(w_i)|^p
     percentile   symmetric: c the smallest value with a share q of the |w_i| at or below it,     range [-c, c]
                  asymmetric: hi likewise among the w_i, lo likewise among the -w_i, negated
+    kl           [-c, c] within [lo, hi], c as in `nn/ranges.py` from 2048 bins of the |w_i| other than 0
 
 Both ends shrink by the same r. r = 1 is tried first and wins ties: the error is never above that of the whole
 range.
@@ -31,16 +33,17 @@ from netweight.core.grid import Grid, extent, from_codes, in_groups, scale_and_z
 from netweight.core.task import Task
 from netweight.nn.layers import weights_to_pack
 from netweight.nn.packed import Affine
+from netweight.nn.ranges import BINS, RATIOS, kl_shares
 
-RATIOS = tuple(percent / 100 for percent in range(100, 20, -1))
+RANGES = ("mse", "percentile", "kl")
 
 
 @dataclass(frozen=True)
 class Clip:
     """Settings of `clip`.
 
-    bits, symmetric, group: as in `RTN`. range: "mse" or "percentile". percentile: the share q of weights
-    inside. norm: the power p of the error.
+    bits, symmetric, group: as in `RTN`. range: "mse", "percentile" or "kl". percentile: the share q of
+    weights inside. norm: the power p of the error.
     """
 
     bits: int = 4
@@ -52,8 +55,8 @@ class Clip:
 
     def __post_init__(self) -> None:
         Grid(self.bits, self.symmetric, self.group)
-        if self.range not in ("mse", "percentile"):
-            raise ValueError(f"need range 'mse' or 'percentile', got range={self.range!r}")
+        if self.range not in RANGES:
+            raise ValueError(f"need a range of {', '.join(map(repr, RANGES))}, got range={self.range!r}")
         if not 0.5 < self.percentile <= 1:
             raise ValueError(f"need 0.5 < percentile <= 1, got percentile={self.percentile}")
         if not 0 < self.norm < math.inf:
@@ -75,6 +78,8 @@ def encode(weight: Float[Tensor, "*shape"], settings: Clip, layer: str = "weight
     groups = in_groups(weight, grid.group, layer)
     if settings.range == "percentile":
         scale, zero = scale_and_zero(*percentile(groups, settings.percentile, grid.symmetric), grid)
+    elif settings.range == "kl":
+        scale, zero = scale_and_zero(*divergence(groups, grid), grid)
     else:
         scale, zero = least_error(groups, grid, settings.norm)
     return Affine.of(to_codes(groups, scale, zero, grid), scale, zero, weight, grid)
@@ -89,6 +94,17 @@ def percentile(groups: Float[Tensor, "groups of"], share: float, symmetric: bool
         return -c, c
     ordered = groups.sort(1).values
     return ordered[:, of - place].clamp(max=0), ordered[:, place - 1].clamp(min=0)
+
+
+def divergence(groups: Float[Tensor, "groups of"], grid: Grid) -> tuple[Tensor, Tensor]:
+    """lo <= 0 <= hi of each group by the KL divergence between its histogram and the merged one."""
+    lo, hi = extent(groups, grid.symmetric)
+    sizes = groups.abs().double()
+    largest = sizes.amax(1, keepdim=True)
+    bins = (sizes / torch.where(largest > 0, largest, 1.0) * BINS).long().clamp(max=BINS - 1)
+    counts = sizes.new_zeros(len(groups), BINS).scatter_add(1, bins, (sizes > 0).double())
+    c = (largest[:, 0] * kl_shares(counts, 2 ** (grid.bits - 1))).to(groups.dtype)
+    return torch.maximum(lo, -c), torch.minimum(hi, c)
 
 
 def least_error(groups: Float[Tensor, "groups of"], grid: Grid, norm: float) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,11 @@ For a norm and the layers that read it, per channel j,
     s_j = max |X_j|^alpha / max |W_:j|^(1 - alpha),    norm / s,    columns times s,
 
 which is exact; then weights are rounded symmetrically (per tensor) and the inputs of the same layers to the
-grid of the range seen on calibration data (static), or of each token (dynamic).
+grid of a range chosen on calibration data (static, see `nn/ranges.py`), or of each token (dynamic).
 
 Differs from the paper: attention itself (query, key, value products) stays in floating point, and the static
-range of a smoothed input is the largest |X_j| / s_j on both sides, also where one side reaches less far.
+min-max range of a smoothed input is the largest |X_j| / s_j on both sides, also where one side reaches less
+far.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from netweight.core.task import Data, Task
 from netweight.nn.fake import DynamicRounding, StaticRounding
 from netweight.nn.layers import weights_to_pack
 from netweight.nn.packed import Affine
+from netweight.nn.ranges import check, input_ranges
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class SmoothQuant:
 
     bits: of weights, 2 to 8. activation_bits: 2 to 16. alpha: how much of the outliers moves, 0 to 1; None
     moves nothing (plain rounding of weights and activations). group: weights that share a scale, -1 the
-    tensor. dynamic: a range per token at run time.
+    tensor. dynamic: a range per token at run time. range: of static rounding, one of `nn.ranges.HOW`.
     """
 
     bits: int = 8
@@ -49,8 +51,10 @@ class SmoothQuant:
     alpha: float | None = 0.5
     group: int = PER_TENSOR
     dynamic: bool = False
+    range: str = "min-max"
 
     def __post_init__(self) -> None:
+        check(self.range)
         if not 2 <= self.activation_bits <= 16 or self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(
                 f"need 2 <= activation_bits <= 16 and 0 <= alpha <= 1 or None, got "
@@ -74,8 +78,15 @@ def smoothquant(model: nn.Module, task: Task, layers: Sequence[str], settings: S
     for layer in weights:
         weight = weight_of(net, layer)
         packed[layer] = Affine.nearest(weight, grid, layer)
-    moved = {reader: rewrite.scale for rewrite in rewrites for reader in rewrite.consumers}
-    activations = {layer: rounding(seen[layer], moved.get(layer), settings) for layer in weights}
+    if settings.dynamic:
+        activations = {layer: DynamicRounding(settings.activation_bits) for layer in weights}
+    elif settings.range == "min-max":
+        moved = {reader: rewrite.scale for rewrite in rewrites for reader in rewrite.consumers}
+        activations = {layer: rounding(seen[layer], moved.get(layer), settings) for layer in weights}
+    else:
+        bits = settings.activation_bits
+        ranges = input_ranges(net, task.calibration, list(weights), settings.range, bits=bits)
+        activations = {layer: StaticRounding.of(*ends, bits) for layer, ends in ranges.items()}
     return Change(packed, rewrites, activations, left)
 
 
@@ -98,9 +109,7 @@ def scale_of(
 
 
 def rounding(seen: Moments, scale: Float[Tensor, " in"] | None, settings: SmoothQuant) -> ActivationRounding:
-    """How the input of a layer is rounded, after it was divided by `scale`."""
-    if settings.dynamic:
-        return DynamicRounding(settings.activation_bits)
+    """How the input of a layer is rounded by its min-max range, after it was divided by `scale`."""
     low, high = seen.low, seen.high
     if scale is not None:
         most = float((seen.largest / scale.to(seen.largest)).max())

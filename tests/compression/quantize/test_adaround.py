@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from netweight.compression.quantize.adaround import AdaRound, adaround, encode, share, start, undecided
+from netweight.compression.quantize.adaround import AdaRound, adaround
 from netweight.core.compressed import weight_of
 from netweight.core.grid import Grid, extent, in_groups, nearest, scale_and_zero
 from netweight.core.task import Data, Task
+from netweight.nn.soft import encode, share, start, undecided
 from netweight.testing import check_compressor, tiny_model, tiny_task
 
 

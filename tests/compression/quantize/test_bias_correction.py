@@ -11,11 +11,12 @@ from netweight.compression.quantize.bias_correction import (
     mean_error,
 )
 from netweight.core.compressed import Change, Compressed, assemble, weighted
+from netweight.core.errors import DoesNotFit
 from netweight.core.moments import watched
 from netweight.core.plan import Plan
 from netweight.core.rewrite import Scale, rewritten
 from netweight.core.sites import sites
-from netweight.core.task import outputs
+from netweight.core.task import Data, Task, outputs
 from netweight.nn.layers import run
 from netweight.testing import check_agree, check_layers, check_runs, check_untouched, tiny_model, tiny_task
 
@@ -52,6 +53,49 @@ def test_rewrites_of_a_change_count():
     rounded = bias_correction(after, task, ["3"], BiasCorrection(3))
     change = corrected(model, task, Change(rounded.packed, rewrites))
     assert torch.allclose(change.biases["3"], rounded.biases["3"], atol=1e-6)
+
+
+def normal_images(count: int = 4000) -> tuple[nn.Module, Task]:
+    """1 x 1 convolutions whose norms see inputs that are normal, as their statistics say."""
+    g = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 1, groups=2), nn.Conv2d(6, 2, 1))
+    for tensor in (model[0].weight.data, model[0].bias.data, model[2].weight.data):
+        tensor.copy_(torch.randn(tensor.shape, generator=g))
+    data = Data(torch.randn(count, 4, 2, 2, generator=g))
+    return model.eval(), Task(data, data)
+
+
+def test_without_data_the_shift_is_the_one_measured():
+    model, task = normal_images()
+    free, measured = (
+        bias_correction(model, task, ["2", "3"], BiasCorrection(3, data_free=way)) for way in (True, False)
+    )
+    assert set(free.biases) == {"2"} and set(measured.biases) == {"2", "3"}  # no norm tells of what 3 reads
+    error = (free.packed["2"].decode() - model[2].weight.detach()).abs().max()
+    assert torch.allclose(free.biases["2"], measured.biases["2"], atol=0.05 * float(error))
+    assert not torch.allclose(free.biases["2"], model[2].bias.detach(), atol=0.05 * float(error))
+    blind = Task(Data(torch.zeros(2, 4, 2, 2)), task.test)  # of the data only the shape counts
+    assert torch.equal(
+        free.biases["2"], bias_correction(model, blind, ["2"], BiasCorrection(3, data_free=True)).biases["2"]
+    )
+
+
+def test_without_data_scales_between_norm_and_layer_count():
+    model, task = normal_images()
+    scale = Scale("0", ("2",), torch.tensor([0.5, 2.0, 4.0, 1.0]))
+    after = rewritten(model, [scale])
+    rounded = bias_correction(after, task, ["2"], BiasCorrection(3, data_free=True))
+    change = corrected(model, task, Change(rounded.packed, [scale]), data_free=True)
+    assert torch.allclose(change.biases["2"], rounded.biases["2"], atol=1e-6)
+
+    class Other:
+        def apply(self, model: nn.Module) -> None:
+            """Change nothing."""
+
+    with pytest.raises(DoesNotFit, match="^Other: "):
+        corrected(model, task, Change(rounded.packed, [Other()]), data_free=True)
 
 
 def test_laws():

@@ -57,6 +57,18 @@ def test_no_ratio_is_better_than_the_one_found(bits, symmetric, norm, seed):
     assert (found <= error(round_to_nearest(weight, RTN(bits, symmetric)), weight, norm) * (1 + 1e-6)).all()
 
 
+def test_kl_clips_a_thin_tail_and_keeps_what_it_holds_exactly():
+    g = torch.Generator().manual_seed(0)
+    bulk = torch.cat([torch.randn(40000, generator=g), torch.tensor([40.0])])[None]
+    found = encode(bulk, Clip(4, symmetric=True, group=-1, range="kl"))
+    assert 2 < 7 * float(found.scale) < 20  # the range ends far below the outlier at 40
+    assert float(error(found, bulk)) < float(error(round_to_nearest(bulk, RTN(4, True, -1)), bulk))
+    few = torch.tensor([[0.0, 1.0, -2.0, 4.0]])  # each in a bin of its own: nothing to gain
+    for symmetric in (True, False):
+        code = encode(few, Clip(4, symmetric, range="kl"))
+        assert torch.equal(code.decode(), round_to_nearest(few, RTN(4, symmetric)).decode())
+
+
 @given(share=st.floats(0.51, 1.0), count=st.integers(1, 60), seed=st.integers(0, 2**16))
 def test_percentile_is_the_smallest_value_with_that_share_inside(share, count, seed):
     values = torch.randn(1, count, generator=torch.Generator().manual_seed(seed)).round(decimals=1)
@@ -78,7 +90,13 @@ def test_a_group_of_zeros_and_tiny_weights_round_to_themselves():
 
 @pytest.mark.parametrize(
     "settings",
-    [Clip(), Clip(3, True, 8), Clip(3, False, -1, "percentile", 0.99), Clip(2, True, 0, "percentile", 0.9)],
+    [
+        Clip(),
+        Clip(3, True, 8),
+        Clip(3, False, -1, "percentile", 0.99),
+        Clip(2, True, 0, "percentile", 0.9),
+        Clip(4, False, 8, "kl"),
+    ],
     ids=repr,
 )
 def test_laws(settings):

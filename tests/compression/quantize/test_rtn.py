@@ -69,6 +69,14 @@ def test_error_is_half_a_step_at_most_and_zero_stays(bits, symmetric, seed):
     assert (code.decode()[:, 3] == 0).all()
 
 
+@given(bits=st.integers(2, 8), symmetric=st.booleans(), power=st.integers(-3, 3), seed=st.integers(0, 2**16))
+def test_steps_scale_with_the_weight(bits, symmetric, power, seed):
+    weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(seed))
+    one, other = (encode(w, RTN(bits, symmetric)) for w in (weight, weight * 2.0**power))
+    assert torch.equal(other.scale, one.scale * 2.0**power) and torch.equal(other.codes, one.codes)
+    assert torch.equal(other.decode(), one.decode() * 2.0**power)
+
+
 def test_rows_are_never_worse_than_the_tensor():
     weight = (
         torch.randn(8, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 8)[:, None]

@@ -13,6 +13,7 @@ from netweight.core.rewrite import residual, rewritten
 from netweight.core.sites import column_ranges, sites
 from netweight.core.task import outputs
 from netweight.nn.fake import DynamicRounding, StaticRounding
+from netweight.nn.ranges import input_ranges
 from netweight.testing import check_compressor, tiny_language_model, tiny_model, tiny_task, tiny_text_task
 
 
@@ -24,7 +25,14 @@ def test_scale_by_hand():
 
 
 @pytest.mark.parametrize(
-    "settings", [SmoothQuant(), SmoothQuant(alpha=None, group=0), SmoothQuant(6, 6, dynamic=True)], ids=repr
+    "settings",
+    [
+        SmoothQuant(),
+        SmoothQuant(alpha=None, group=0),
+        SmoothQuant(6, 6, dynamic=True),
+        SmoothQuant(8, 6, range="kl"),
+    ],
+    ids=repr,
 )
 def test_laws(settings):
     check_compressor(smoothquant, settings)
@@ -48,6 +56,20 @@ def test_planted_outliers_are_recovered():
 
     assert error(SmoothQuant()) < 0.2 * error(SmoothQuant(alpha=None))
     assert error(SmoothQuant(activation_bits=16)) < error(SmoothQuant())
+
+
+def test_ranges_are_those_of_the_smoothed_inputs():
+    model, task = hard()
+    layers = weighted(model)
+    change = smoothquant(model, task, layers, SmoothQuant(range="moving average"))
+    after = rewritten(model, change.rewrites)
+    ranges = input_ranges(after, task.calibration, layers, "moving average")
+    for layer, ends in ranges.items():
+        expected = StaticRounding.of(*ends)
+        found = change.activations[layer]
+        assert found.scale == expected.scale and found.zero == expected.zero
+    with pytest.raises(ValueError, match="range='entropy'"):
+        SmoothQuant(range="entropy")
 
 
 def test_half_of_the_outliers_moves_and_the_function_stays():

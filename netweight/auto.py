@@ -1,0 +1,192 @@
+"""`--method auto`: several plans are carried out, and the one that moves the network least is kept.
+
+    bases    the network as it is, and after the exact rewrites of each method that has some (AWQ's scales,
+             equalization): the same function, so that every layer may still take any method
+    plans    on each base: all methods mixed layer by layer, and each method alone, within the budget
+    trials   the plans worth it carried out; distortion measured on the WHOLE network and the calibration
+             data, E KL(softmax f(x) | softmax f'(x)); then the mean errors taken off the biases of the best
+
+What the planner adds up per layer is a model of that distortion; a model that is wrong by a few per cent may
+prefer the wrong plan, hence the trials. With `thorough` every whole-network and every learning method of the
+catalogue that rounds weights is tried as well. The plan says what was tried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from netweight.compression.quantize.bias_correction import corrected
+from netweight.core import catalogue
+from netweight.core.compressed import WEIGHTED, Change, Compressed, Rewrite, assemble
+from netweight.core.errors import BadInput, DoesNotFit, ImpossibleBudget
+from netweight.core.plan import Budget, Option, Plan
+from netweight.core.progress import steps
+from netweight.core.rewrite import rewritten
+from netweight.core.task import Task
+from netweight.evidence.sensitivity import Distortion, Judge
+from netweight.planning import (
+    HEADER,
+    LEARNT,
+    NOTHING,
+    WHOLE,
+    allotted,
+    alone,
+    carry_out,
+    float_bytes,
+    planned_layers,
+    priced,
+    uniform,
+)
+from netweight.resume import Work
+
+WORTH = 4.0  # plans whose predicted distortion is more times the least are not carried out
+JUDGED = 256  # calibration examples on which a trial is measured
+MIXED = "all methods mixed"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A network of the same function. after: the method whose rewrites were applied, "" for none."""
+
+    after: str
+    rewrites: Sequence[Rewrite]
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan carried out, and the distortion measured: nats of KL on the calibration data."""
+
+    name: str
+    plan: Plan
+    change: Change
+    distortion: float
+
+
+def best(
+    model: nn.Module,
+    task: Task,
+    budget: Budget,
+    *,
+    distortion: Distortion = "kl",
+    thorough: bool = False,
+    work: Work = NOTHING,
+) -> Compressed:
+    """The network of the plan that distorts least, `plan.tried` filled in. The model is untouched.
+
+    Raises what `planning.plan` raises where not one plan meets the budget.
+    """
+    tried = trials(model, task, budget, distortion=distortion, thorough=thorough, work=work)
+    least = min(tried, key=lambda trial: trial.distortion)
+    plan = dataclasses.replace(least.plan, tried={trial.name: trial.distortion for trial in tried})
+    return assemble(model, least.change, plan)
+
+
+def trials(
+    model: nn.Module,
+    task: Task,
+    budget: Budget,
+    *,
+    distortion: Distortion = "kl",
+    thorough: bool = False,
+    work: Work = NOTHING,
+) -> list[Trial]:
+    """Every plan that was carried out, in the order of the trials."""
+    judge = Judge(model, task.calibration.take(JUDGED))
+
+    def measured(name: str, plan: Plan, change: Change) -> Trial:
+        return Trial(name, plan, change, judge.whole(assemble(model, change, plan).model))
+
+    options: list[Option] = []
+    candidates: dict[str, tuple[Base, Plan]] = {}
+    for base in bases(model, task, budget):
+        found = priced(base.model, task, budget, distortion=distortion)
+        options += found if not options else []
+        candidates |= {name: (base, plan) for name, plan in plans(base, model, found, budget)}
+    if not candidates:  # the sentence that says what the smallest possible is
+        allotted(model, options, budget)
+    work.keep_plan(candidates[next(iter(candidates))][1], options)
+    worth = WORTH * min(plan.distortion for _, plan in candidates.values())
+    chosen = {name: both for name, both in candidates.items() if both[1].distortion <= worth}
+    tried = []
+    for name, (base, plan) in steps([*chosen.items()], "Trying plans"):
+        change = Change(carry_out(base.model, task, plan, work), base.rewrites)
+        tried.append(measured(name, plan, change))
+    if thorough:
+        for slug, plan, change in others(model, task, budget, distortion):
+            tried.append(measured(slug, plan, change))
+    least = min(tried, key=lambda trial: trial.distortion)
+    change = shifted(model, task, least.change, least.plan, budget)
+    if change is not None:
+        tried.append(measured(f"{least.name}, biases corrected", least.plan, change))
+    return tried
+
+
+def bases(model: nn.Module, task: Task, budget: Budget) -> Iterator[Base]:
+    """The network as it is, then after the rewrites of each method that has some and fits it."""
+    yield Base("", (), model)
+    layers = [
+        name for name in planned_layers(model, budget) if isinstance(model.get_submodule(name), WEIGHTED)
+    ]
+    for system in catalogue.SYSTEMS:
+        if not system.rewrites:
+            continue
+        try:
+            settings = uniform(model, budget, system.slug)
+            rewrites = catalogue.rewrites(system.slug)(model, task.blind(), layers, settings)
+        except (BadInput, DoesNotFit, ImpossibleBudget):
+            continue
+        if rewrites:
+            yield Base(system.slug, rewrites, rewritten(model, rewrites))
+
+
+def plans(
+    base: Base, original: nn.Module, options: Sequence[Option], budget: Budget
+) -> Iterator[tuple[str, Plan]]:
+    """All methods mixed, then each alone, within the budget; a plan that is there already is left out."""
+    tables = {o.layer for o in options if isinstance(base.model.get_submodule(o.layer), nn.Embedding)}
+    methods = dict.fromkeys(o.method for o in options if o.method != "keep" and o.layer not in tables)
+    seen: list[dict[str, Option]] = []
+    for method in (None, *methods):
+        some = [o for o in options if method is None or o.method in (method, "keep") or o.layer in tables]
+        try:
+            plan = allotted(base.model, some, budget, of=original)
+        except ImpossibleBudget:
+            continue
+        if plan.choices not in seen:
+            seen.append(plan.choices)
+            name = MIXED if method is None else method
+            yield (
+                f"{name}, after {base.after}" if base.after else name,
+                dataclasses.replace(plan, after=base.after),
+            )
+
+
+def others(
+    model: nn.Module, task: Task, budget: Budget, distortion: Distortion
+) -> Iterator[tuple[str, Plan, Change]]:
+    """Every method of the catalogue that learns or treats the whole network, by itself."""
+    slow = [s.slug for s in catalogue.SYSTEMS if s.settings and {WHOLE, LEARNT} & {*s.tags}]
+    for slug in steps(slow, "Trying whole-network and learning methods"):
+        try:
+            plan, change = alone(model, task, budget, slug, distortion=distortion)
+        except (BadInput, DoesNotFit, ImpossibleBudget):
+            continue
+        if not change.activations:  # rounds more than weights: another question
+            yield slug, plan, change
+
+
+def shifted(model: nn.Module, task: Task, change: Change, plan: Plan, budget: Budget) -> Change | None:
+    """The change with its mean errors taken off the biases; None where they would not fit the budget."""
+    after = corrected(model, task, change)
+    net = rewritten(model, change.rewrites)
+    new = [name for name in after.biases if net.get_submodule(name).bias is None]
+    more = sum(HEADER + 8 * after.biases[n].numel() * after.biases[n].element_size() for n in new)
+    ceiling = budget.in_bytes(float_bytes(model)).size
+    if ceiling is not None and plan.cost("bits") + plan.fixed + more > 8 * ceiling:
+        return None
+    return after

@@ -1,0 +1,158 @@
+"""`--method auto` tries plans of all methods, keeps the one that moves least, and says what it tried."""
+
+import math
+
+import pytest
+import torch
+
+from netweight import auto, pipeline
+from netweight.core import catalogue
+from netweight.core.compressed import Compressed, assemble
+from netweight.core.errors import ImpossibleBudget
+from netweight.core.plan import Budget, Option, Plan
+from netweight.core.task import outputs
+from netweight.evidence.sensitivity import divergence
+from netweight.models.digits_cnn import digits_cnn
+from netweight.planning import alone, float_bytes
+from netweight.resume import Work
+from netweight.testing import tiny_language_model, tiny_model, tiny_task, tiny_text_task
+
+
+def measured(model, task, small):
+    data = task.calibration.take(auto.JUDGED)
+    return divergence(outputs(model, data), outputs(small.model, data))
+
+
+@pytest.mark.parametrize("budget", [Budget(bits=4), Budget(bits=3), Budget(share=0.3)], ids=str)
+def test_no_single_method_is_better(budget):
+    model, task = tiny_model(), tiny_task()
+    small = auto.best(model, task, budget)
+    least = measured(model, task, small)
+    assert least == pytest.approx(min(small.plan.tried.values()), rel=1e-9)
+    for method in ("gptq", "rtn", "magnitude", "nm-magnitude", "awq", "equalize"):
+        try:
+            plan, change = alone(model, task, budget, method)
+        except ImpossibleBudget:
+            continue
+        assert least <= measured(model, task, assemble(model, change, plan)) * (1 + 1e-9), method
+
+
+def test_the_budget_holds_whatever_came_first():
+    model, task = digits_cnn(), tiny_task()
+    from netweight.data import digits
+
+    task = type(task)(digits.calibration().take(64), digits.test().take(32))
+    limit = float_bytes(model) // 6
+    for trial in auto.trials(model, task, Budget(size=limit)):
+        assert trial.plan.cost("bits") + trial.plan.fixed <= 8 * limit
+        small = assemble(model, trial.change, trial.plan)
+        assert {*trial.change.packed} <= {*trial.plan.choices}
+        assert math.isfinite(trial.distortion) and trial.distortion == pytest.approx(
+            divergence(outputs(model, task.calibration), outputs(small.model, task.calibration)), rel=1e-6
+        )
+    names = [trial.name for trial in auto.trials(model, task, Budget(bits=4))]
+    assert "all methods mixed" in names and any("after awq" in name for name in names)
+
+
+def test_the_plan_says_what_was_tried_and_is_read_back(tmp_path):
+    model, task = tiny_model(), tiny_task()
+    small = pipeline.compress(model, task, Budget(bits=3))
+    assert len(small.plan.tried) >= 2 and min(small.plan.tried.values()) >= 0
+    small.save(tmp_path / "small")
+    again = Compressed.load(tmp_path / "small", like=model)
+    assert again.plan == small.plan
+    x = task.test.x
+    assert torch.equal(again.model(x), small.model(x))
+
+
+def test_words_too():
+    model, task = tiny_language_model(), tiny_text_task()
+    small = auto.best(model, task, Budget(bits=4))
+    assert small.plan.bits_per_weight <= 4 and len(small.plan.tried) >= 2
+
+
+def test_a_network_that_cannot_be_captured_is_planned_as_it_is():
+    class Strange(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_model()
+
+        def forward(self, x):
+            return self.inner(x) if x.sum() > -1e9 else x  # depends on data: no graph
+
+    small = auto.best(Strange().eval(), tiny_task(), Budget(bits=4))
+    assert small.plan.after == "" and small.plan.bits_per_weight <= 4
+
+
+def test_learning_methods_are_tried_only_when_asked(monkeypatch):
+    model, task = tiny_model(), tiny_task()
+    seen = []
+
+    def one(model_, task_, budget, method, *, distortion):
+        seen.append(method)
+        raise ImpossibleBudget("not this time")
+
+    monkeypatch.setattr(auto, "alone", one)
+    auto.best(model, task, Budget(bits=4))
+    assert seen == []
+    auto.best(model, task, Budget(bits=4), thorough=True)
+    assert {"adaround", "awq"} <= {*seen} and "gptq" not in seen
+
+
+def test_the_impossible_is_said_with_the_smallest_possible():
+    with pytest.raises(ImpossibleBudget, match="smallest possible"):
+        auto.best(tiny_model(), tiny_task(), Budget(bits=0.1))
+
+
+def test_biases_that_would_not_fit_are_left():
+    model, task = tiny_model(), tiny_task()
+    plan, change = alone(model, task, Budget(bits=4), "rtn")
+    free = auto.shifted(model, task, change, plan, Budget(bits=4))
+    assert free is not None and len(free.biases) == len(change.packed)
+    full = Plan(plan.choices, fixed=8.0 * float_bytes(model))
+    bare = [name for name in change.packed if model.get_submodule(name).bias is None]
+    if bare:
+        assert auto.shifted(model, task, change, full, Budget(size=float_bytes(model))) is None
+
+
+def test_a_killed_run_goes_on_with_the_layers_it_has(tmp_path, monkeypatch):
+    model, task = tiny_model(), tiny_task()
+    work = Work.open(tmp_path / "small", {"what": "test"}, resume=False)
+    first = auto.best(model, task, Budget(bits=4), work=work)
+    kept = Work.open(tmp_path / "small", {"what": "test"}, resume=True)
+    done = []
+    real = catalogue.method
+
+    def watched(slug):
+        function = real(slug)
+
+        def run(*given):
+            done.append(slug)
+            return function(*given)
+
+        return run
+
+    from netweight import planning
+
+    monkeypatch.setattr(planning.catalogue, "method", watched)
+    again = auto.best(model, task, Budget(bits=4), work=kept)
+    assert again.plan == first.plan
+    priced_once = len(done)
+    fresh = auto.best(model, task, Budget(bits=4))
+    assert len(done) - priced_once > priced_once and fresh.plan == first.plan
+
+
+def test_plans_of_one_base_are_not_repeated():
+    model = tiny_model()
+    layer = "0"
+    weights = {"weights": 72.0}
+    options = [
+        Option(layer, "rtn", {}, {"bits": 10.0, **weights}, 1.0),
+        Option(layer, "gptq", {}, {"bits": 10.0, **weights}, 0.5),
+        Option(layer, "keep", {}, {"bits": 999.0, **weights}, 0.0),
+    ]
+    base = auto.Base("", (), model)
+    found = dict(auto.plans(base, model, options, Budget(bits=1)))
+    assert {*found} == {"all methods mixed", "rtn"}
+    assert found["rtn"].choices[layer].method == "rtn"
+    assert found["all methods mixed"].choices[layer].method == "gptq"
