@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -52,7 +52,7 @@ def candidates(
     found_: list[Candidate] = []
     for slug in AUTO if method == "auto" else (method,):
         function, settings = catalogue.method(slug), catalogue.settings(slug)
-        function = rounded if LEARNT in catalogue.find(slug).tags else function
+        function = untrained(function) if LEARNT in catalogue.find(slug).tags else function
         names = {field.name for field in dataclasses.fields(settings)}
         if "sparsity" in names:
             found_ += [Candidate(slug, function, settings(sparsity=share)) for share in SPARSITIES]
@@ -69,9 +69,18 @@ def candidates(
     return found_
 
 
-def rounded(model: nn.Module, task: Task, layers: Sequence[str], settings: Any) -> Change:
-    """Plain rounding on the grid of `settings`: what a method that learns is priced by, at the same cost."""
-    return rtn(model, task, layers, RTN(settings.bits, settings.symmetric, settings.group))
+def untrained(method: Callable[..., Change]) -> Callable[..., Change]:
+    """The start of a method that learns, which has the same cost: its own with no steps, else plain rounding
+    on the grid of its settings. The planner prices it by that."""
+
+    def start(model: nn.Module, task: Task, layers: Sequence[str], settings: Any) -> Change:
+        try:
+            settings = dataclasses.replace(settings, steps=0)
+        except ValueError:
+            return rtn(model, task, layers, RTN(settings.bits, settings.symmetric, settings.group))
+        return method(model, task, layers, settings)
+
+    return start
 
 
 def plan(

@@ -9,6 +9,7 @@ Plain accuracy hides a collapse here, as 86.6 % are no spam: judge on balanced a
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -39,17 +40,27 @@ def test(tokenizer: Subwords, length: int = 48) -> Data:
 def word_pieces(size: int = VOCABULARY) -> Subwords:
     """A word-piece vocabulary, without capitals, of at most `size` tokens, learnt on the training messages.
 
-    Wu et al., "Google's Neural Machine Translation System", 2016, arXiv:1609.08144.
+    Wu et al., "Google's Neural Machine Translation System", 2016, arXiv:1609.08144. The same every time: the
+    library numbers the characters inside words in the order of a hash table and breaks ties by these numbers,
+    so they are given to it in order.
     """
     library = need("tokenizers")
-    tokenizer = library.Tokenizer(library.models.WordPiece(unk_token=SPECIAL[1]))
-    tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+
+    def bare(vocabulary: dict[str, int]) -> Any:
+        tokenizer = library.Tokenizer(library.models.WordPiece(vocabulary, unk_token=SPECIAL[1]))
+        tokenizer.normalizer = library.normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = library.decoders.WordPiece()
+        return tokenizer
+
+    texts = [text for _, text in messages("train")]
+    tokenizer = bare({})
+    inside = sorted(set("".join(map(tokenizer.normalizer.normalize_str, texts))) - set(" "))
     trainer = library.trainers.WordPieceTrainer(
-        vocab_size=size, special_tokens=list(SPECIAL), show_progress=False
+        vocab_size=size, special_tokens=[*SPECIAL, *(f"##{c}" for c in inside)], show_progress=False
     )
-    tokenizer.train_from_iterator((text for _, text in messages("train")), trainer)
-    return Subwords(tokenizer.to_str())
+    tokenizer.train_from_iterator(texts, trainer)
+    return Subwords(bare(tokenizer.get_vocab()).to_str())
 
 
 @functools.cache

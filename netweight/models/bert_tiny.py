@@ -18,7 +18,7 @@ from netweight.data import sms
 from netweight.models.huggingface import Classifier
 from netweight.models.trained import trained
 
-VERSION = 1
+VERSION = 2
 WIDTH, LAYERS, HEADS, HIDDEN, LENGTH = 128, 2, 2, 512, 32
 EPOCHS, BATCH, RATE, DECAY = 6, 32, 5e-4, 1e-2
 

@@ -20,7 +20,7 @@ that read the same tensor (a downsampling convolution and the one beside it) sha
 quantizer of that tensor. With `epochs`, weights and biases are tuned by SGD through the roundings.
 
 Differs from the paper: latency is measured on this machine with the packed layers of this library, not on a
-T4; activations have 8 bits unless `activation_bits` is "weights", which is the paper's way (4 at least); the
+T4; a budget leaves the first and the last layer free; activations have 8 bits unless `activation_bits` is "weights", which is the paper's way (4 at least); the
 ranges of activations stay as calibrated during tuning. An estimate of a trace that is not positive counts as
 the least positive one.
 """
@@ -118,11 +118,16 @@ class HAWQV3:
         return Grid(bits, self.symmetric, PER_ROW)
 
     def within(self, budget: Budget, beside: float) -> HAWQV3:
-        """These settings with the ceilings of a budget, and 2 and 3 bits to choose as well; beside: bits of
-        the file that are no packed weights."""
+        """These settings with the ceilings of a budget; beside: bits of the file that are no packed weights.
+
+        2 and 3 bits may be chosen as well, and no layer is fixed: the last layer of a language model holds
+        so much of it that 8 bits there would leave most budgets unmet.
+        """
         bits = tuple(sorted({2, 3, *self.bits}))
         ceilings = {"mean_bits": budget.bits, "size": budget.size, "bops": budget.bops}
-        return dataclasses.replace(self, bits=bits, beside=beside, latency=budget.latency, **ceilings)
+        return dataclasses.replace(
+            self, bits=bits, ends=None, beside=beside, latency=budget.latency, **ceilings
+        )
 
     def of_input(self, bits: int) -> int | None:
         """Bits of the input of a layer with weights of `bits` bits, None where it is not rounded."""

@@ -310,3 +310,9 @@ def test_a_budget_of_any_kind_is_kept_and_the_plan_says_what_was_chosen(budget):
         assert 7e5 < bops <= 1e6
     with pytest.raises((ImpossibleBudget, BadInput), match="smallest possible"):
         pipeline.compress(model, task, Budget(bits=1.0), method="hawq-v3")
+
+
+def test_a_budget_frees_the_ends_and_narrow_widths():
+    how = HAWQV3((4, 8), ends=8).within(Budget(bits=3.0, size=100, bops=5.0, latency=0.5), 64.0)
+    assert (how.bits, how.ends, how.beside) == ((2, 3, 4, 8), None, 64.0)
+    assert (how.mean_bits, how.size, how.bops, how.latency) == (3.0, 100, 5.0, 0.5)
