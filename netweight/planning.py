@@ -1,9 +1,9 @@
 """Which option for which layer, and carrying it out.
 
-    priced(model, task, budget)             every option of every layer, its cost and its distortion
-    plan(model, task, budget)               per layer the option that fits and distorts least
-    carry_out(model, task, chosen)          the packed weights of a plan
-    alone(model, task, budget, "awq")       one method, planned per layer or run on the whole
+priced(model, task, budget)             every option of every layer, its cost and its distortion
+plan(model, task, budget)               per layer the option that fits and distorts least
+carry_out(model, task, chosen)          the packed weights of a plan
+alone(model, task, budget, "awq")       one method, planned per layer or run on the whole
 """
 
 from __future__ import annotations

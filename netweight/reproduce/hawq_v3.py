@@ -14,7 +14,8 @@ programme against all assignments.
 The number of probes was set after the first bar of placing was seen to miss at 4 (seed 1: -0.21). On seed 1
 the cross-entropy of the programme is 0.76 to 1.13 with 4 probes, by their draw, 0.80 with 8, 0.78 with 12,
 and 0.87 with 16, 20 and 24, which place the bits alike (uniform: 0.92). 16 is where the assignment stopped
-changing, not where it scored best.
+changing, not where it scored best. Zero points came in, too, after the first try without them had missed
+(seed 0, 12 probes: programme 3.25, uniform 2.36); without them the programme still loses on some seeds.
 """
 
 from __future__ import annotations

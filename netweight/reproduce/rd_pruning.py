@@ -2,9 +2,10 @@
 
 The paper: ResNet-32, CIFAR-10, rounds of 20 % and retraining to 95.5 % zeros: 90.83 % accuracy, up to 1 point
 over LAMP, ERK, global and uniform magnitudes. Here: (a) a CNN on the digits (convolutions of 16, 32 and 64,
-64 hidden units), 14 rounds to 95.6 % zeros, 80 steps of retraining in each, the same for all rules; (b)
-ResNet-20 fine-tuned to the JPEG images, pruned at once to 60 %, and whether distortions add up, on 12 random
-plans.
+64 hidden units), 14 rounds to 95.6 % zeros, 80 steps of retraining in each, the same for all rules, curves of
+the worst example as published (the mean example leaves RD - global at 0.0099 after retraining, 3 seeds); (b)
+ResNet-20 fine-tuned to the JPEG images, pruned at once to 60 %, and whether distortions of the mean example
+add up, on 12 random plans.
 Quick: (a) alone, to 93.1 % in 8 larger rounds.
 
 "before" is the accuracy right after a round's pruning, "after" that after its retraining.
@@ -79,7 +80,7 @@ def iterated(seed: int, targets: list[float]) -> dict[str, dict[str, list[float]
     found = {"dense": {"before": [], "after": [accuracy(model, task.test)]}}
 
     def jointly(net: nn.Module, target: float) -> Change:
-        return rd_pruning(net, task.blind(), weighted(net), RDPruning(target))
+        return rd_pruning(net, task.blind(), weighted(net), RDPruning(target, worst=True))
 
     for name in ("RD", *RULES):
         prune = jointly if name == "RD" else by_rule(name)

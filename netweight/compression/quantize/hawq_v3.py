@@ -20,8 +20,9 @@ that read the same tensor (a downsampling convolution and the one beside it) sha
 quantizer of that tensor. With `epochs`, weights and biases are tuned by SGD through the roundings.
 
 Differs from the paper: latency is measured on this machine with the packed layers of this library, not on a
-T4; a budget leaves the first and the last layer free; activations have 8 bits unless `activation_bits` is "weights", which is the paper's way (4 at least); the
-ranges of activations stay as calibrated during tuning. An estimate of a trace that is not positive counts as
+T4; with a budget (`within`) the first and the last layer are free; activations have 8 bits unless
+`activation_bits` is "weights", which is the paper's way (4 at least); their ranges stay as calibrated during
+tuning. Each probe is drawn anew for every 16 examples. An estimate of a trace that is not positive counts as
 the least positive one.
 """
 
