@@ -32,7 +32,7 @@ LEARNT = "learnt"  # the catalogue's tag of methods that train for minutes: too 
 WHOLE = "whole network"  # the catalogue's tag of methods that rewrite across layers
 BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (0, 32, 128)
-SPARSITIES = (0.5, 0.65, 0.8, 0.9)
+SPARSITIES = (0.5, 0.65, 0.8, 0.9, 0.95)
 HEADER = 8 * 128  # bits of file header per stored tensor: name, dtype, shape, offsets
 # Rounding to nearest is only ever better where GPTQ has no inputs to look at: embedding tables.
 AUTO, AUTO_TABLES = ("gptq", "powerquant", "kmeans", "splitquant", "nm-magnitude", "magnitude"), "rtn"

@@ -171,10 +171,11 @@ def open_task(data: str, model: nn.Module, metric: str | None = None) -> Task:
 
 
 def fitting(data: Data) -> str:
-    """accuracy for classes, perplexity for token ids, mse for real targets."""
+    """accuracy for a class per example, perplexity for the next tokens, mse for real targets."""
     if data.y is not None and data.y.is_floating_point():
         return "mse"
-    return "accuracy" if data.x.is_floating_point() else "perplexity"
+    next_tokens = not data.x.is_floating_point() and (data.y is None or data.y.ndim > 1)
+    return "perplexity" if next_tokens else "accuracy"
 
 
 def perturbation(text: str | None) -> Perturbation | None:

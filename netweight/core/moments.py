@@ -26,6 +26,7 @@ from netweight.core.errors import DoesNotFit
 from netweight.core.progress import steps
 from netweight.core.task import Data
 
+MIRRORED = 256  # inputs from which on a Gram matrix is computed on one side of its diagonal
 AT_ONCE = 2**24  # products of single examples that are in memory together
 
 
@@ -124,9 +125,15 @@ def _columns(layer: nn.Module, x: Tensor) -> Float[Tensor, "b groups d n"]:
 
 def _collect(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[str, Moments]:
     found: dict[str, Moments] = {}
+    last: list[tuple[Tensor, object, Moments]] = []  # query, key and value read one tensor: counted once
 
     def see(layer: str, x: Tensor) -> None:
         module = model.get_submodule(layer)
+        given, now = x, _state(x)
+        if isinstance(module, nn.Linear) and last and last[0][1] == now:
+            new = last[0][2]
+            found[layer] = _sum(found[layer], new) if layer in found else new
+            return
         x = x.float() if x.element_size() < 4 else x  # sums of half precision overflow
         if not isinstance(module, nn.Linear):
             x = x if x.ndim == module.weight.ndim else x[None]
@@ -145,6 +152,7 @@ def _collect(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[str, M
             positions=positions,
         )
         found[layer] = _sum(found[layer], new) if layer in found else new
+        last[:] = [(given, now, new)] if isinstance(module, nn.Linear) else []
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with watched(model, layers, see):
@@ -156,16 +164,35 @@ def _collect(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[str, M
     return {layer: _mean(found[layer], len(data)) for layer in layers}
 
 
+def _state(x: Tensor) -> object:
+    """What says that a tensor is still the same piece of memory with the same values."""
+    return x.data_ptr(), x._version, x.shape, x.stride(), x.dtype
+
+
 def _gram(columns: Float[Tensor, "b groups d n"]) -> Float[Tensor, "groups d d"]:
     """The sum of x x^T over examples and positions; few examples at a time where the products are large."""
     groups, d = columns.shape[1:3]
     some = columns.split(max(AT_ONCE // (groups * d * d), 1))
-    return torch.stack([(part @ part.mT).sum(0, dtype=torch.float64) for part in some]).sum(0)
+    return torch.stack([_with_itself(part).sum(0, dtype=torch.float64) for part in some]).sum(0)
+
+
+def _with_itself(part: Float[Tensor, "b groups d n"]) -> Float[Tensor, "b groups d d"]:
+    """x x^T; of large ones the part above the diagonal is mirrored, which saves three products in eight."""
+    d = part.shape[-2]
+    if d < MIRRORED:
+        return part @ part.mT
+    product = part.new_empty(*part.shape[:-1], d)
+    for rows in torch.arange(d).tensor_split(4):
+        first, stop = int(rows[0]), int(rows[-1]) + 1
+        below = part[..., first:stop, :] @ part[..., :stop, :].mT
+        product[..., first:stop, :stop] = below
+        product[..., :first, first:stop] = below[..., :first].mT
+    return product
 
 
 def _sum(a: Moments, b: Moments) -> Moments:
     return Moments(
-        a.gram.add_(b.gram),
+        a.gram + b.gram,
         a.total + b.total,
         a.magnitude + b.magnitude,
         torch.maximum(a.largest, b.largest),

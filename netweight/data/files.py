@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from netweight.core.errors import BadInput, DoesNotFit, NetweightError, unknown
 from netweight.core.task import Data
-from netweight.data import arrays, digits, folders, images, tables, text
+from netweight.data import arrays, digits, folders, images, sms, tables, text
 from netweight.data.shared import shared_data as shared_data
 from netweight.data.split import Split, at_random, in_order
 
-BUILT_IN = ("digits", "cifar10", "mnist", "wikitext2", "shakespeare")
+BUILT_IN = ("digits", "cifar10", "mnist", "wikitext2", "shakespeare", "sms-spam")
 TEXT_CALIBRATION, TEXT_TEST = 128, 256  # windows of WikiText-2, spread over the whole texts
+SMS_CALIBRATION = 512  # messages
 TRAIN = 10_000  # images of the large built-in sets that `Split.train` holds
 KINDS = "a built-in name, file.npz, a folder of images by class, file.csv:target or file.txt"
 
@@ -62,6 +63,12 @@ def _built_in(name: str, model: nn.Module | None, length: int) -> Split:
         source = images.cifar10() if name == "cifar10" else images.mnist()
         return Split(source.calibration(), source.test(), lambda: source.train(TRAIN))
     tokenizer, length = tokenizer_of(model), window(model, length)
+    if name == "sms-spam":
+        return Split(
+            sms.train(tokenizer, length).take(SMS_CALIBRATION),
+            sms.test(tokenizer, length),
+            lambda: sms.train(tokenizer, length),
+        )
     if name == "shakespeare":
         return in_order(text.windows(tokenizer(text.shakespeare()), length, name=name))
     train = text.windows(tokenizer(text.wikitext2("train")), length, name="wikitext2 (train)")

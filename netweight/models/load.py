@@ -28,6 +28,7 @@ BUILT_IN = {  # name: the function that gives it, trained
     "small-llama-quick": "netweight.models.llama:quick_llama",
     "small-opt": "netweight.models.opt:small_opt",
     "small-opt-quick": "netweight.models.opt:quick_opt",
+    "bert-tiny": "netweight.models.bert_tiny:bert_tiny",
 }
 ARCHITECTURE = {  # name: the function that gives it with random weights, from the files of its origin
     "digits-cnn": "netweight.models.digits_cnn:skeleton",

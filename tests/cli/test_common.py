@@ -99,3 +99,4 @@ def test_the_metric_fits_the_labels():
     assert common.fitting(Data(x)) == "accuracy"
     assert common.fitting(Data(x, torch.zeros(4, 1))) == "mse"
     assert common.fitting(Data(ids, ids)) == "perplexity"
+    assert common.fitting(Data(ids, ids[:, 0])) == "accuracy"  # a class for each text

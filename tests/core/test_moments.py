@@ -131,3 +131,31 @@ def test_layers_without_a_matrix_or_a_call_are_refused_by_name():
     model[0].unused = nn.Linear(4, 4)
     with pytest.raises(DoesNotFit, match="^0.unused: the layer is never called"):
         moments(model, Data(torch.rand(2, 4)), ["0.unused"])
+
+
+def test_layers_that_read_one_tensor_share_its_moments_unless_it_changes_in_between():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 3, bias=False) for _ in range(3))
+
+        def forward(self, x):
+            x = x * 1.0
+            y = self.a(x) + self.b(x)
+            return y + self.c(x.add_(1.0))  # the same memory, other values
+
+    data = Data(torch.randn(10, 4, generator=torch.Generator().manual_seed(0)), batch=4)
+    seen = moments(Shared().eval(), data, ["a", "b", "c"])
+    plain = data.x.double().T @ data.x.double() / 10
+    moved = (data.x + 1).double().T @ (data.x + 1).double() / 10
+    torch.testing.assert_close(seen["a"].gram[0], plain, rtol=1e-5, atol=1e-5)
+    assert torch.equal(seen["a"].gram, seen["b"].gram) and seen["a"].gram is not seen["b"].gram
+    torch.testing.assert_close(seen["c"].gram[0], moved, rtol=1e-5, atol=1e-5)
+
+
+def test_large_gram_matrices_are_those_of_all_products():
+    layer = nn.Linear(301, 2)
+    data = Data(torch.randn(7, 301, generator=torch.Generator().manual_seed(0)), batch=3)
+    gram = moments(nn.Sequential(layer).eval(), data, ["0"])["0"].gram[0]
+    torch.testing.assert_close(gram, data.x.double().T @ data.x.double() / 7, rtol=1e-5, atol=1e-5)
+    assert torch.equal(gram, gram.T)

@@ -93,7 +93,8 @@ def test_a_compressed_folder_is_told_apart(tmp_path):
 
 
 def test_every_built_in_network_has_its_architecture():
-    assert BUILT_IN.keys() == ARCHITECTURE.keys()
+    hugging_face = {"bert-tiny"}  # a folder holds its config.json, which says all
+    assert BUILT_IN.keys() - hugging_face == ARCHITECTURE.keys()
     for name in ("digits-cnn", "resnet20"):
         model = skeleton(name, {})
         assert origin_of(model).target == name

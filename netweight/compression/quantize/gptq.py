@@ -33,11 +33,13 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from netweight.core.compressed import Change, Packed
-from netweight.core.grid import Grid, extent, from_codes, in_groups, scale_and_zero, storable, to_codes
+from netweight.core.grid import Grid, extent, in_groups, scale_and_zero, storable
 from netweight.core.moments import moments
 from netweight.core.task import Task
 from netweight.nn.layers import weights_to_pack
 from netweight.nn.packed import Affine
+
+RUN = 32  # columns whose corrections are gathered before the rest of a block gets them
 
 
 @dataclass(frozen=True)
@@ -137,31 +139,44 @@ def pass_on(
     grid: Grid,
     settings: GPTQ,
 ) -> UInt8[Tensor, "n rows d"]:
-    """The codes of all columns.
+    """The codes of all columns, in float32. Without `act_order` the scales s and zeros z of groups are set
+    anew, in place.
 
-    Without `act_order` the scales s and zeros z of groups are set anew, in place.
+    Inside a block, columns are corrected in runs of `RUN` first: single columns are bound by memory. They lie
+    as rows here, so that each is one piece of memory.
     """
     d = W.shape[-1]
+    low, high = map(float, grid.levels)
     refresh = grid.group if grid.group > 0 and not settings.act_order else 0
-    block = settings.block + -settings.block % max(refresh, 1)  # no group reaches past its block
-    W, codes = W.clone(), torch.empty_like(z)
-    for start in range(0, d, block):
+    block, run = settings.block + -settings.block % max(refresh, 1), RUN + -RUN % max(refresh, 1)
+    W, U, codes = W.mT.float().contiguous(), U.float(), torch.empty_like(z.mT.contiguous())
+    scale, zero = s.mT.float().contiguous(), z.mT.float().contiguous()
+    errors = torch.empty_like(W)
+    for start in range(0, d, block):  # no group reaches past its block, nor past its run
         stop = min(start + block, d)
-        errors = torch.empty_like(W[..., start:stop])
-        for j in range(start, stop):
-            if refresh and j % refresh == 0:
-                set_scales(W[..., j : j + refresh], s[..., j : j + refresh], z[..., j : j + refresh], grid)
-            w, scale, zero = W[..., j].reshape(-1, 1), s[..., j].reshape(-1), z[..., j].reshape(-1)
-            code = to_codes(w, scale, zero, grid)
-            e = ((w - from_codes(code, scale, zero)).reshape(W.shape[:2])) / U[:, j, j, None]
-            codes[..., j], errors[..., j - start] = code.reshape(W.shape[:2]), e
-            W[..., j + 1 : stop] -= e[..., None] * U[:, None, j, j + 1 : stop]
-        W[..., stop:] -= errors @ U[:, start:stop, stop:]
-    return codes
+        for first in range(start, stop, run):
+            last = min(first + run, stop)
+            for j in range(first, last):
+                if refresh and j % refresh == 0:
+                    group = slice(j, j + refresh)
+                    scale[:, group], zero[:, group] = scales_of(W[:, group], grid)
+                w = W[:, j]
+                code = (w / scale[:, j]).round_().add_(zero[:, j]).clamp_(low, high)
+                errors[:, j] = (w - (code - zero[:, j]) * scale[:, j]) / U[:, j, j, None]
+                codes[:, j] = code.to(torch.uint8)
+                W[:, j + 1 : last].baddbmm_(U[:, j, j + 1 : last, None], errors[:, None, j], alpha=-1)
+            W[:, last:stop] -= U[:, first:last, last:stop].mT @ errors[:, first:last]
+        W[:, stop:] -= U[:, start:stop, stop:].mT @ errors[:, start:stop]
+    s.copy_(scale.mT)
+    z.copy_(zero.mT)
+    return codes.mT.contiguous()
 
 
-def set_scales(W: Tensor, s: Tensor, z: Tensor, grid: Grid) -> None:
-    """Scales and zeros of one group of columns from the weights as they stand, written into s and z."""
-    scale, zero = scale_and_zero(*extent(W.reshape(-1, W.shape[-1]), grid.symmetric), grid)
-    s.copy_(scale.float().reshape(*W.shape[:2], 1).expand_as(s))
-    z.copy_(zero.reshape(*W.shape[:2], 1).expand_as(z))
+def scales_of(
+    columns: Float[Tensor, "n of rows"], grid: Grid
+) -> tuple[Float[Tensor, "n 1 rows"], Float[Tensor, "n 1 rows"]]:
+    """Scales and zeros of one group of columns from the weights as they stand."""
+    groups = columns.mT.reshape(-1, columns.shape[1])
+    scale, zero = scale_and_zero(*extent(groups, grid.symmetric), grid)
+    shape = (len(columns), 1, -1)
+    return scale.float().reshape(shape), zero.float().reshape(shape)
