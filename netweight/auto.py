@@ -147,11 +147,11 @@ def bases(model: nn.Module, task: Task, budget: Budget) -> Iterator[Base]:
 def plans(
     base: Base, original: nn.Module, options: Sequence[Option], budget: Budget
 ) -> Iterator[tuple[str, Plan]]:
-    """All methods mixed, then each alone, within the budget; a plan that is there already is left out."""
+    """Each method alone, then all mixed, within the budget; a plan that is there already is left out."""
     tables = {o.layer for o in options if isinstance(base.model.get_submodule(o.layer), nn.Embedding)}
     methods = dict.fromkeys(o.method for o in options if o.method != "keep" and o.layer not in tables)
     seen: list[dict[str, Option]] = []
-    for method in (None, *methods):
+    for method in (*methods, None):
         some = [o for o in options if method is None or o.method in (method, "keep") or o.layer in tables]
         try:
             plan = allotted(base.model, some, budget, of=original)

@@ -34,8 +34,11 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (0, 32, 128)
 SPARSITIES = (0.5, 0.65, 0.8, 0.9, 0.95)
 HEADER = 8 * 128  # bits of file header per stored tensor: name, dtype, shape, offsets
+AUTO = {  # what "auto" mixes: the most bits at which each is tried; with more an even grid does as well
+    "gptq": 8, "powerquant": 4, "kmeans": 4, "splitquant": 4, "nm-magnitude": 0, "magnitude": 0,
+}  # fmt: skip
 # Rounding to nearest is only ever better where GPTQ has no inputs to look at: embedding tables.
-AUTO, AUTO_TABLES = ("gptq", "powerquant", "kmeans", "splitquant", "nm-magnitude", "magnitude"), "rtn"
+AUTO_TABLES = "rtn"
 
 
 def candidates(
@@ -50,7 +53,7 @@ def candidates(
     A method with `bits` is tried at all widths, with `group` at all group sizes, with `symmetric` both ways.
     """
     found_: list[Candidate] = []
-    for slug in AUTO if method == "auto" else (method,):
+    for slug in (*AUTO,) if method == "auto" else (method,):
         function, settings = catalogue.method(slug), catalogue.settings(slug)
         function = untrained(function) if LEARNT in catalogue.find(slug).tags else function
         names = {field.name for field in dataclasses.fields(settings)}
@@ -65,7 +68,8 @@ def candidates(
             schemes = [{"group": group} for group in groups]
         if "symmetric" in names:
             schemes = [{**scheme, "symmetric": way} for scheme in schemes for way in symmetric]
-        found_ += [Candidate(slug, function, settings(bits=b, **scheme)) for b in bits for scheme in schemes]
+        tried = [b for b in bits if method != "auto" or b <= AUTO[slug]]
+        found_ += [Candidate(slug, function, settings(bits=b, **scheme)) for b in tried for scheme in schemes]
     return found_
 
 

@@ -149,6 +149,10 @@ SYSTEMS = (
         ("weights", "codebook", "calibration", "learnt", "whole network"),
     ),
     System(
+        "planner", "One plan over all methods, beside the best single method", "netweight", 2026,
+        "compression", reproduction="netweight.reproduce.planner", tags=("weights", "whole network"),
+    ),
+    System(
         "pgd", "Projected gradient ascent on the loss", "ICLR", 2018, "attacks",
         "netweight.attacks.pgd:pgd", tags=("inputs", "gradients"),
     ),
