@@ -217,6 +217,19 @@ def test_export_writes_a_file_that_onnx_runtime_runs(small, tmp_path):
     assert found["same"] is True
     session = onnxruntime.InferenceSession(str(path))
     assert session.get_inputs()[0].shape[1:] == [1, 8, 8]
+    kept = json.loads((Path(small[0]) / "evidence.json").read_text())["context"]["exports"]["onnx"]
+    assert kept == {name: found[name] for name in found if name != "path"}
+
+
+def test_other_forms_are_exported_beside_the_weights(small):
+    for form, place in (("onnxruntime", "model.ort.onnx"), ("openvino", "model.xml")):
+        found = answer("export", small[0], *DIGITS, "--to", form)
+        assert found["same"] is True and Path(found["path"]) == Path(small[0]) / place
+    kept = json.loads((Path(small[0]) / "evidence.json").read_text())["context"]["exports"]
+    assert {"onnxruntime", "openvino"} <= kept.keys()
+    said = sentence("export", small[0], *DIGITS, "--to", "compressed-tensors")
+    assert "holds models of Transformers" in said
+    assert "did you mean 'onnx'" in sentence("export", small[0], *DIGITS, "--to", "onx")
 
 
 def test_methods_lists_the_catalogue():
