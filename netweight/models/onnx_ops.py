@@ -124,6 +124,16 @@ def dequantize(a: Settings, codes: Tensor, scale: Tensor, zero: Tensor | None = 
     return (codes.to(scale.dtype) - (0 if zero is None else zero.to(scale.dtype))) * scale
 
 
+def quantize(a: Settings, x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """round(x / scale) + zero within the type of zero (uint8 without one); whole numbers, kept floating."""
+    kind = torch.iinfo(torch.uint8 if zero is None else zero.dtype)
+    zero = torch.zeros_like(scale) if zero is None else zero.to(scale.dtype)
+    if scale.numel() > 1:
+        shape = [-1 if i == a.get("axis", 1) % x.ndim else 1 for i in range(x.ndim)]
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+    return ((x / scale).round() + zero).clamp(kind.min, kind.max)
+
+
 def trilu(a: Settings, x: Tensor, diagonal: int | None = None) -> Tensor:
     """The upper or lower triangle."""
     return torch.triu(x, diagonal or 0) if a.get("upper", 1) else torch.tril(x, diagonal or 0)
@@ -279,6 +289,7 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
     "PRelu": lambda a, x, slope: x.clamp(min=0) + slope * x.clamp(max=0),
     "Pad": pad,
     "Pow": power,
+    "QuantizeLinear": quantize,
     "Reciprocal": of(torch.reciprocal),
     "ReduceL1": reduced(lambda x, axes, keepdim: x.abs().sum(axes, keepdim=keepdim)),
     "ReduceL2": reduced(lambda x, axes, keepdim: x.square().sum(axes, keepdim=keepdim).sqrt()),

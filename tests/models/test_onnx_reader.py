@@ -217,6 +217,20 @@ CASES = {
         [op("DequantizeLinear", "c", "s", "z", axis=0, output="w"), op("MatMul", "x", "w")],
         [tensor("c", 5, 3, dtype=np.uint8), tensor("s", 5), tensor("z", 5, dtype=np.uint8)],
     ),
+    "activations on a grid": (
+        [op("QuantizeLinear", "x", "s", "z", output="q"), op("DequantizeLinear", "q", "s", "z")],
+        [numpy_helper.from_array(np.float32(0.02), "s"), numpy_helper.from_array(np.uint8(120), "z")],
+    ),
+    "activations on a grid for each channel": (
+        [
+            op("QuantizeLinear", "x", "s", "z", axis=1, output="q"),
+            op("DequantizeLinear", "q", "s", "z", axis=1),
+        ],
+        [
+            numpy_helper.from_array(np.float32([0.02, 0.1, 0.01, 1.0]), "s"),
+            numpy_helper.from_array(np.int8([3, -100, 0, 127]), "z"),
+        ],
+    ),
 }
 
 
