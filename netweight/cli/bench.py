@@ -10,12 +10,17 @@ from netweight.cli import common
 
 BENCHES = {
     "allocate": "netweight.bench.allocate:bench",
+    "distortion": "netweight.bench.distortion:bench",
     "run": "netweight.bench.run:bench",
     "stream": "netweight.bench.stream:bench",
     "verify": "netweight.bench.verify:bench",
     "vnncomp": "netweight.bench.vnncomp:bench",
 }
-OPTIONS = {"verify": ("peer_python", "plot"), "vnncomp": ("family", "limit", "timeout")}
+OPTIONS = {
+    "verify": ("peer_python", "plot"),
+    "distortion": ("plot",),
+    "vnncomp": ("family", "limit", "timeout"),
+}
 
 
 def bench(
@@ -25,7 +30,8 @@ def bench(
         typer.Option(metavar="PATH", help="verify: the Python of an environment that has auto_LiRPA."),
     ] = None,
     plot: Annotated[
-        str | None, typer.Option(metavar="FILE.png", help="verify: draw the curves of cost there.")
+        str | None,
+        typer.Option(metavar="FILE.png", help="verify: the curves of cost; distortion: its panels."),
     ] = None,
     family: Annotated[
         str | None, typer.Option(metavar="NAME", help="vnncomp: one family of properties; all by default.")

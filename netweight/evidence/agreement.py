@@ -7,6 +7,7 @@ correlation.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ class Agreement:
 
     @property
     def correlation(self) -> float:
-        """Spearman's rank correlation."""
+        """Spearman's rank correlation; NaN where either side is constant."""
+        if len({*self.predicted}) < 2 or len({*self.measured}) < 2:
+            return math.nan
         return float(scipy.stats.spearmanr(self.predicted, self.measured).statistic)
 
 

@@ -160,7 +160,7 @@ def legend(axes: Axes, colours: Mapping[str, str]) -> None:
     axes.legend(
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        ncols=min(5, len(colours)),
+        ncols=min(4, len(colours)),
         frameon=False,
         fontsize=8,
         labelcolor=INK,

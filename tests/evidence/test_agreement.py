@@ -1,5 +1,7 @@
 """Predicted beside measured distortion of random plans."""
 
+import math
+
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ def test_predictions_rank_random_plans_and_seeds_draw_them():
 def test_the_correlation_is_of_ranks():
     assert Agreement((1.0, 2.0, 3.0), (1.0, 10.0, 100.0)).correlation == pytest.approx(1)
     assert Agreement((1.0, 2.0, 3.0), (3.0, 2.0, 1.0)).correlation == pytest.approx(-1)
+    assert math.isnan(Agreement((0.0, 0.0), (3.0, 2.0)).correlation)
 
 
 def test_a_prediction_is_the_sum_over_layers():
