@@ -51,7 +51,7 @@ def test_the_budget_holds_whatever_came_first():
             divergence(outputs(model, task.calibration), outputs(small.model, task.calibration)), rel=1e-6
         )
     names = [trial.name for trial in auto.trials(model, task, Budget(bits=4))]
-    assert {"all methods mixed", "gptq"} & {*names} and any("after" in name for name in names)
+    assert len({*names}) == len(names) >= 2 and any("after" in name for name in names)
 
 
 def test_the_plan_says_what_was_tried_and_is_read_back(tmp_path):
