@@ -119,14 +119,9 @@ def _pricing(
     judge = Judge(model, data)
     if distortion == "network":
         return lambda layer, priced: [judge.squared(layer, form) for _, form, _ in priced]
-
-    def scaled(layer: str, priced: Sequence[Priced]) -> list[float]:
-        """From one measured option of the method that comes first: pruning and tables err in other ways."""
-        alike = sum(candidate.slug == priced[0][0].slug for candidate, _, _ in priced) if priced else 0
-        errors = [error for _, _, error in priced]
-        return _scaled(errors, lambda i: judge.divergence(layer, priced[i][1]), alike)
-
-    return scaled
+    return lambda layer, priced: _scaled(
+        [error for _, _, error in priced], lambda i: judge.divergence(layer, priced[i][1])
+    )
 
 
 @torch.no_grad()
@@ -220,12 +215,11 @@ def _error(change: Tensor, weight: Tensor, seen: Moments | None) -> float:
     return moved / whole if whole > 0 else 0.0
 
 
-def _scaled(errors: Sequence[float], measure: Callable[[int], float], alike: int) -> list[float]:
-    """Distortions of all options from a measured one: of the first `alike`, that with an error nearest 1%."""
+def _scaled(errors: Sequence[float], measure: Callable[[int], float]) -> list[float]:
+    """Distortions of all options from one measured option, the one whose error is nearest to 1%."""
     if not errors:
         return []
-    some = range(alike if any(errors[:alike]) else len(errors))
-    reference = min(some, key=lambda i: abs(errors[i] - 0.01))
+    reference = min(range(len(errors)), key=lambda i: abs(errors[i] - 0.01))
     if errors[reference] == 0:
         return [0.0 for _ in errors]
     unit = measure(reference) / errors[reference]
