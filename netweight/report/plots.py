@@ -136,6 +136,7 @@ def _points(options: Sequence[Option], floor: float) -> tuple[list[float], list[
 
 
 def canvas(height: float) -> tuple[Figure, Axes]:
+    """An empty figure of `WIDTH` by `height` inches and its axes, in the colour of the page's text."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
