@@ -3,6 +3,7 @@
     bases    the network as it is, and after the exact rewrites of each method that has some (AWQ's scales,
              equalization): the same function, so that every layer may still take any method
     plans    on each base: all methods mixed layer by layer, and each method alone, within the budget
+             (bases after the first: of the methods that the plans of the first made use of)
     trials   the plans worth it carried out; distortion measured on the WHOLE network and the calibration
              data, E KL(softmax f(x) | softmax f'(x)); then the mean errors taken off the biases of the best
 
@@ -14,6 +15,7 @@ catalogue that rounds weights is tried as well. The plan says what was tried.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +28,7 @@ from netweight.core.errors import BadInput, DoesNotFit, ImpossibleBudget
 from netweight.core.plan import Budget, Option, Plan
 from netweight.core.progress import steps
 from netweight.core.rewrite import rewritten
-from netweight.core.task import Task
+from netweight.core.task import Data, Task, outputs
 from netweight.evidence.sensitivity import Distortion, Judge
 from netweight.planning import (
     HEADER,
@@ -44,7 +46,8 @@ from netweight.planning import (
 from netweight.resume import Work
 
 WORTH = 4.0  # plans whose predicted distortion is more times the least are not carried out
-JUDGED = 256  # calibration examples on which a trial is measured
+JUDGED = 1024  # calibration examples on which a trial is measured
+OUTPUTS = 2**27  # numbers that outputs on them may have
 MIXED = "all methods mixed"
 
 
@@ -55,6 +58,11 @@ class Base:
     after: str
     rewrites: Sequence[Rewrite]
     model: nn.Module
+
+    @property
+    def words(self) -> str:
+        """What a plan's name ends in."""
+        return f", after {self.after}" if self.after else ""
 
 
 @dataclass(frozen=True)
@@ -96,35 +104,44 @@ def trials(
     work: Work = NOTHING,
 ) -> list[Trial]:
     """Every plan that was carried out, in the order of the trials."""
-    judge = Judge(model, task.calibration.take(JUDGED))
+    judge = Judge(model, task.calibration.take(judged(model, task.calibration)))
 
     def measured(name: str, plan: Plan, change: Change) -> Trial:
         return Trial(name, plan, change, judge.whole(assemble(model, change, plan).model))
 
     options: list[Option] = []
-    candidates: dict[str, tuple[Base, Plan]] = {}
-    for base in bases(model, task, budget):
-        found = priced(base.model, task, budget, distortion=distortion)
-        options += found if not options else []
-        candidates |= {name: (base, plan) for name, plan in plans(base, model, found, budget)}
-    if not candidates:  # the sentence that says what the smallest possible is
+    tried: list[Trial] = []
+    useful: set[str] | None = None  # methods that the plans of the network as it is made use of
+    least = math.inf
+    for base in bases(model, task, budget):  # one after the other: moments of one network are kept
+        found = priced(base.model, task, budget, distortion=distortion, among=useful)
+        options = options or found
+        made = dict(plans(base, model, found, budget))
+        least = min([least, *(plan.distortion for plan in made.values())])
+        for name, plan in steps([*made.items()], f"Trying plans{base.words}"):
+            if plan.distortion > WORTH * least and tried:  # the first one always: predictions can be wrong
+                continue
+            if not tried:
+                work.keep_plan(plan, options)
+            change = Change(carry_out(base.model, task, plan, work), base.rewrites)
+            tried.append(measured(name, plan, change))
+        useful = useful or {o.method for trial in tried for o in trial.plan.choices.values()}
+    if not tried:  # the sentence that says what the smallest possible is
         allotted(model, options, budget)
-    work.keep_plan(candidates[next(iter(candidates))][1], options)
-    worth = WORTH * min(plan.distortion for _, plan in candidates.values())
-    first = next(iter(candidates))  # always carried out: predictions can be wrong
-    chosen = {name: both for name, both in candidates.items() if name == first or both[1].distortion <= worth}
-    tried = []
-    for name, (base, plan) in steps([*chosen.items()], "Trying plans"):
-        change = Change(carry_out(base.model, task, plan, work), base.rewrites)
-        tried.append(measured(name, plan, change))
     if thorough:
         for slug, plan, change in others(model, task, budget, distortion):
             tried.append(measured(slug, plan, change))
-    least = min(tried, key=lambda trial: trial.distortion)
-    change = shifted(model, task, least.change, least.plan, budget)
+    best_yet = min(tried, key=lambda trial: trial.distortion)
+    change = shifted(model, task, best_yet.change, best_yet.plan, budget)
     if change is not None:
-        tried.append(measured(f"{least.name}, biases corrected", least.plan, change))
+        tried.append(measured(f"{best_yet.name}, biases corrected", best_yet.plan, change))
     return tried
+
+
+def judged(model: nn.Module, data: Data) -> int:
+    """How many examples trials are measured on: `JUDGED`, fewer where their outputs would fill the memory."""
+    each = outputs(model, data.take(1)).numel()
+    return max(min(JUDGED, OUTPUTS // each), 1)
 
 
 def bases(model: nn.Module, task: Task, budget: Budget) -> Iterator[Base]:
@@ -161,10 +178,7 @@ def plans(
         if plan.choices not in seen:
             seen.append(plan.choices)
             name = MIXED if method is None else method
-            yield (
-                f"{name}, after {base.after}" if base.after else name,
-                dataclasses.replace(plan, after=base.after),
-            )
+            yield name + base.words, dataclasses.replace(plan, after=base.after)
 
 
 def others(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -105,14 +105,24 @@ def plan(
 
 
 def priced(
-    model: nn.Module, task: Task, budget: Budget, *, method: str = "auto", distortion: Distortion = "kl"
+    model: nn.Module,
+    task: Task,
+    budget: Budget,
+    *,
+    method: str = "auto",
+    distortion: Distortion = "kl",
+    among: Collection[str] | None = None,
 ) -> list[Option]:
-    """Every option of every layer that the budget speaks of; raises `DoesNotFit` where a method fits none."""
+    """Every option of every layer that the budget speaks of; raises `DoesNotFit` where a method fits none.
+
+    among: the only methods that "auto" prices, None for all that it mixes.
+    """
     layers = planned_layers(model, budget)
     tables = [layer for layer in layers if isinstance(model.get_submodule(layer), nn.Embedding)]
     rest = [layer for layer in layers if layer not in tables]
     how = {"distortion": distortion, "timed": budget.latency is not None}
-    found = sensitivity.options(model, task, rest, candidates(method), **how)
+    chosen = [c for c in candidates(method) if among is None or c.slug in among]
+    found = sensitivity.options(model, task, rest, chosen, **how)
     if tables:
         by_hand = candidates(AUTO_TABLES if method == "auto" else method)
         found += sensitivity.options(model, task, tables, by_hand, **how)

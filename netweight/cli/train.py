@@ -40,7 +40,8 @@ def train(
     from netweight.core.plan import Plan
     from netweight.training import certified
     from netweight.training.checkpoint import Checkpoint
-    from netweight.training.loop import Training, restarted
+    from netweight.training.chance import restarted
+    from netweight.training.loop import Training
 
     if method not in METHODS:
         raise unknown("method of training", method, METHODS)

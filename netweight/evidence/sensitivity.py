@@ -5,9 +5,10 @@ Four measures of distortion, all non-negative and added up over layers by the pl
     output     E |dW x|^2 / E |W x|^2: relative output error of the layer on calibration data
     network    E mean_c (f(x) - f_l(x))^2 with ONLY layer l changed: additive output distortion of the whole
                network (Xu et al., ICCV 2023, arXiv:2308.10438), measured for every option
-    kl         E KL(softmax f(x) | softmax f_l(x)), measured for one reference option per layer and scaled by
-               the options' output errors: small changes act quadratically (the second-order term of the
-               divergence is the Fisher matrix), so one pass per layer prices all its options
+    kl         E KL(softmax f(x) | softmax f_l(x)), measured for two options of each method on each layer;
+               the others have the divergence per output error of those two: small changes act quadratically
+               (the second-order term of the divergence is the Fisher matrix), but what a method leaves as
+               error points where that method lets it, so methods differ by up to ten times per error
     curvature  tr(H_l) / n_l |dW|^2 / 2 with the Hessian of the loss (Dong et al., HAWQ-V2, arXiv:1911.03852)
 
 Latency is measured layer by layer on this machine, one example at a time, and only where a budget asks for
@@ -44,6 +45,8 @@ DISTORTIONS = ("output", "kl", "network", "curvature")
 GRID_SETTINGS = ("bits", "symmetric", "group")
 FEW = 8  # settings of one method that are priced without asking which are promising
 CLEARLY = 0.8
+REFERENCES = 2  # options of a method on a layer whose divergence is measured
+LEAST = 0.03
 FLOAT_BITS = 32  # what an activation counts in bit operations while it is not rounded
 
 
@@ -119,9 +122,7 @@ def _pricing(
     judge = Judge(model, data)
     if distortion == "network":
         return lambda layer, priced: [judge.squared(layer, form) for _, form, _ in priced]
-    return lambda layer, priced: _scaled(
-        [error for _, _, error in priced], lambda i: judge.divergence(layer, priced[i][1])
-    )
+    return lambda layer, priced: _scaled(priced, lambda form: judge.divergence(layer, form))
 
 
 @torch.no_grad()
@@ -215,15 +216,24 @@ def _error(change: Tensor, weight: Tensor, seen: Moments | None) -> float:
     return moved / whole if whole > 0 else 0.0
 
 
-def _scaled(errors: Sequence[float], measure: Callable[[int], float]) -> list[float]:
-    """Distortions of all options from one measured option, the one whose error is nearest to 1%."""
-    if not errors:
-        return []
-    reference = min(range(len(errors)), key=lambda i: abs(errors[i] - 0.01))
-    if errors[reference] == 0:
-        return [0.0 for _ in errors]
-    unit = measure(reference) / errors[reference]
-    return [error * unit for error in errors]
+def _scaled(priced: Sequence[Priced], measure: Callable[[Packed], float]) -> list[float]:
+    """Distortions of all options of a layer: output error times the divergence per error of their method.
+
+    That unit is the geometric mean of `REFERENCES` measured options of the method, those nearest to 1 % of
+    error. A method whose references happen not to move any example is not free: its unit is at least `LEAST`
+    of the largest on the layer.
+    """
+    units: dict[str, float] = {}
+    for slug in dict.fromkeys(candidate.slug for candidate, _, _ in priced):
+        own = [
+            (abs(math.log(error / 0.01)), i)
+            for i, (c, _, error) in enumerate(priced)
+            if c.slug == slug and error
+        ]
+        measured = [measure(priced[i][1]) / priced[i][2] for _, i in sorted(own)[:REFERENCES]]
+        units[slug] = math.prod(measured) ** (1 / len(measured)) if measured else 0.0
+    least = LEAST * max((unit for unit in units.values() if math.isfinite(unit)), default=0.0)
+    return [error * max(units[candidate.slug], least) if error else 0.0 for candidate, _, error in priced]
 
 
 def divergence(reference: Tensor, moved: Tensor) -> float:

@@ -33,7 +33,8 @@ from netweight.models.digits_cnn import MEAN, STD
 from netweight.models.resnet_tuned import tuned_resnet20
 from netweight.nn.normalize import Normalize
 from netweight.nn.packed import Sparse
-from netweight.training.loop import Moment, Training, train
+from netweight.training.checkpoint import Running
+from netweight.training.loop import Hooks, Moment, Training, train
 
 ROUND, EARLY, ROUNDS = 0.2, 12, 14  # share of what is left that goes; rounds to the first and the second bar
 QUICK_ROUNDS = 8  # to the first bar
@@ -129,11 +130,11 @@ def retrain(net: nn.Module, data: Data, seed: int) -> None:
     """In place; what is zero stays zero."""
     masks = {layer: weight_of(net, layer) != 0 for layer in weighted(net)}
 
-    def masked(model: nn.Module) -> None:
+    def masked(run: Running, at: Moment) -> None:
         for layer, mask in masks.items():
-            model.get_submodule(layer).weight.grad *= mask
+            run.model.get_submodule(layer).weight.grad *= mask
 
-    train(net, data, loss, with_seed(RETRAIN, seed), gradients=masked)
+    train(net, data, loss, with_seed(RETRAIN, seed), hooks=Hooks(before=masked))
 
 
 def with_seed(how: Training, seed: int) -> Training:

@@ -40,7 +40,7 @@ from netweight.training.consistency import (
     rise_and_fall,
     symmetric,
 )
-from netweight.training.loop import own_chance
+from netweight.training.chance import own_chance
 from netweight.verification.smoothing import ABSTAINED, Smoothed, average_radius, curve, smooth
 
 SIGMA = 0.5

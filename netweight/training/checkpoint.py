@@ -45,6 +45,8 @@ class Running:
     optimizer: Optimizer
     generator: torch.Generator
     losses: list[float]
+    scaler: torch.amp.GradScaler
+    state: nn.Module | None = None  # what a method remembers from step to step
 
 
 def fingerprint(model: nn.Module, data: Data, settings: object, about: str) -> str:
@@ -61,6 +63,7 @@ def store(path: Path, what: str, run: Running) -> None:
     """Write the state of a run and of torch's own chance."""
     state: dict[str, Any] = {"what": what, "losses": run.losses, "generator": run.generator.get_state()}
     state.update(model=run.model.state_dict(), optimizer=run.optimizer.state_dict())
+    state.update(scaler=run.scaler.state_dict(), method=run.state.state_dict() if run.state else {})
     state["chance"] = [torch.get_rng_state(), *_cuda_chance()]
     content = io.BytesIO()
     torch.save(state, content)
@@ -81,6 +84,9 @@ def restore(path: Path, what: str, run: Running) -> None:
         )
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    if run.state is not None:
+        run.state.load_state_dict(state["method"])
     run.generator.set_state(state["generator"])
     run.losses[:] = state["losses"]
     torch.set_rng_state(state["chance"][0])

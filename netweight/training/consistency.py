@@ -37,7 +37,8 @@ from torch import Tensor, nn
 from netweight.core import progress
 from netweight.core.errors import BadInput
 from netweight.core.task import Data
-from netweight.training.loop import Diverged, own_chance
+from netweight.training.chance import own_chance
+from netweight.training.loop import Diverged
 
 HIGHEST, LOWEST, RHO = 80.0, 0.002, 7.0  # noise levels and how they are spaced
 HEAD_STD = 2e-5

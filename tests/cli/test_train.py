@@ -14,7 +14,8 @@ from netweight.data import digits
 from netweight.models.digits_cnn import digits_cnn
 from netweight.training import loop
 from netweight.training.certified import Certified, certified
-from netweight.training.loop import Training, restarted
+from netweight.training.chance import restarted
+from netweight.training.loop import Training
 from netweight.verification.bounds import certify
 
 DIGITS = ("--data", "digits")

@@ -1,5 +1,7 @@
 """What the planner is told: costs as stored, distortions as each measure is defined."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -59,16 +61,46 @@ def test_network_distortion_changes_one_layer_alone(model, task):
         assert option.distortion == pytest.approx(float(moved.square().mean()), rel=1e-5)
 
 
-def test_divergence_is_exact_at_one_option_and_follows_the_output_error(model, task):
+def moved_by(model, task, layer, form):
+    p = outputs(model, task.calibration).double().log_softmax(-1)
+    small = assemble(model, Change({layer: form}), Plan({})).model
+    return float((p.exp() * (p - outputs(small, task.calibration).double().log_softmax(-1))).sum(-1).mean())
+
+
+def test_divergence_is_that_of_two_options_of_the_method_and_follows_the_output_error(model, task):
     errors = by_bits(options(model, task, ["2"], CANDIDATES, distortion="output"), "2")
     found = by_bits(options(model, task, ["2"], CANDIDATES, distortion="kl"), "2")
-    reference = min(errors, key=lambda b: abs(errors[b].distortion - 0.01))
-    p = outputs(model, task.calibration).double().log_softmax(-1)
-    q = outputs(changed(model, "2", reference), task.calibration).double().log_softmax(-1)
-    assert found[reference].distortion == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-6)
+    near = sorted(errors, key=lambda b: abs(math.log(errors[b].distortion / 0.01)))[:2]
+    units = [
+        moved_by(model, task, "2", encode(model[2].weight.detach(), RTN(bits=b))) / errors[b].distortion
+        for b in near
+    ]
+    assert units[0] != pytest.approx(units[1], rel=1e-3)  # or the mean would be untested
     for bits in errors:
-        ratio = errors[bits].distortion / errors[reference].distortion
-        assert found[bits].distortion == pytest.approx(ratio * found[reference].distortion, rel=1e-9)
+        wanted = errors[bits].distortion * math.sqrt(units[0] * units[1])
+        assert found[bits].distortion == pytest.approx(wanted, rel=1e-6)
+
+
+def test_another_method_on_the_layer_does_not_change_the_price_of_the_first(model, task):
+    pruned = Candidate("nm-magnitude", nm_magnitude, NMMagnitude(keep=1, of=4))
+    alone = by_bits(options(model, task, ["2"], CANDIDATES), "2")
+    both = by_bits(options(model, task, ["2"], [pruned, *CANDIDATES]), "2")
+    assert {b: o.distortion for b, o in alone.items()} == {b: o.distortion for b, o in both.items()}
+
+
+def test_a_method_whose_references_move_no_example_is_not_free():
+    """Saturated outputs hide small errors on calibration data: no reason to round that layer to nothing."""
+    model = nn.Sequential(nn.Linear(4, 2, bias=False)).eval().requires_grad_(False)
+    model[0].weight.data = torch.tensor([[9.0, 0.1, 0.1, 0.1], [-9.0, 0.1, 0.1, 0.1]])
+    data = Data(torch.tensor([[1000.0, 1, 1, 1], [1000.0, 2, 0, 1]]), torch.tensor([0, 0]))
+
+    def flipped(model_, task_, layers, settings):
+        return Change({"0": encode(-model_[0].weight.detach(), RTN(bits=8))})
+
+    wrong = Candidate("awq", flipped, RTN(bits=8))
+    found = options(model, Task(data, data), ["0"], [*CANDIDATES, wrong])
+    assert moved_by(model, Task(data, data), "0", encode(model[0].weight.detach(), RTN(bits=4))) == 0
+    assert all(o.distortion > 0 for o in found if o.method != "keep")
 
 
 def test_curvature_is_trace_per_weight_times_half_the_squared_change(model, task):

@@ -18,7 +18,7 @@ import netweight
 from netweight.core.errors import BadInput
 from netweight.core.task import Data
 from netweight.training.checkpoint import Checkpoint
-from netweight.training.loop import Diverged, Training, rate_at, train
+from netweight.training.loop import Diverged, Hooks, Training, rate_at, train
 
 
 def network(seed: int = 0) -> nn.Sequential:
@@ -103,12 +103,12 @@ def test_a_hook_changes_gradients_before_they_are_clipped():
     model = nn.Linear(2, 1, bias=False)
     model.weight.data = torch.tensor([[1.0, 2.0]])
 
-    def first_only(of):
-        of.weight.grad[:, 1] = 0
+    def first_only(run, at):
+        run.model.weight.grad[:, 1] = 0
 
     how = Training(epochs=1, batch=1, rate=0.5, optimizer="sgd", clip=1.0)
     data = Data(torch.tensor([[3.0, 4.0]]), torch.tensor([0]))
-    train(model, data, lambda m, x, y, at: m(x).sum(), how, gradients=first_only)
+    train(model, data, lambda m, x, y, at: m(x).sum(), how, hooks=Hooks(before=first_only))
     assert torch.allclose(model.weight, torch.tensor([[0.5, 2.0]]))
 
 
@@ -261,3 +261,145 @@ def test_the_same_on_a_gpu():
     model = network().cuda()
     losses = train(model, examples(), lambda m, x, y, at: F.cross_entropy(m(x), y), HOW)
     assert losses[-1] < losses[0]
+
+
+def squares(model, x, y, at):
+    return (model(x) ** 2).mean()
+
+
+def test_groups_have_rates_and_decay_of_their_own():
+    model = nn.Linear(2, 1)
+    nn.init.ones_(model.weight)
+    nn.init.ones_(model.bias)
+
+    def groups(of):
+        return [{"params": [of.weight]}, {"params": [of.bias], "factor": 10.0, "weight_decay": 0.0}]
+
+    how = Training(epochs=1, batch=1, rate=0.01, optimizer="sgd", decay=1.0)
+    data = Data(torch.tensor([[3.0, 4.0]]), torch.tensor([0]))
+    train(model, data, lambda m, x, y, at: m(x).sum(), how, hooks=Hooks(groups=groups))
+    assert torch.allclose(model.weight, torch.tensor([[1 - 0.01 * (3 + 1), 1 - 0.01 * (4 + 1)]]))
+    assert torch.allclose(model.bias, torch.tensor([1 - 0.1 * 1.0]))
+
+
+def test_a_second_pass_adds_to_the_gradient_and_passes_may_look_elsewhere():
+    data = Data(torch.tensor([[3.0, 4.0]]), torch.tensor([0]))
+    how = Training(epochs=3, batch=1, rate=0.01, optimizer="sgd")
+    once_, twice = nn.Linear(2, 1), nn.Linear(2, 1)
+    twice.load_state_dict(once_.state_dict())
+
+    def both(run, once, at):
+        once()
+        return once()
+
+    train(once_, data, lambda m, x, y, at: 2 * squares(m, x, y, at), how)
+    train(twice, data, squares, how, hooks=Hooks(passes=both))
+    assert torch.allclose(once_.weight, twice.weight, rtol=1e-6)
+
+
+def test_an_order_of_ones_own_decides_the_rows_and_the_steps():
+    seen = []
+
+    def watch(model, x, y, at):
+        seen.append((at.step, at.steps, x[:, 0].tolist()))
+        return squares(model, x, y, at)
+
+    order = [torch.tensor([0, 0]), torch.tensor([1])]
+    data = Data(torch.tensor([[3.0, 4.0], [5.0, 6.0]]), torch.tensor([0, 1]))
+    train(nn.Linear(2, 1), data, watch, Training(epochs=2), hooks=Hooks(order=lambda generator: order))
+    assert seen == [(0, 2, [3, 3]), (1, 2, [5]), (2, 2, [3, 3]), (3, 2, [5])]
+
+
+def test_after_edits_weights_and_its_memory_survives_a_stop(tmp_path):
+    class Count(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+    def ran(epochs, resume):
+        torch.manual_seed(0)
+        model, count = nn.Linear(4, 1), Count()
+
+        def after(run, at):
+            count.steps += 1
+            run.model.weight.clamp_(-0.01, 0.01)
+
+        keep = Checkpoint(tmp_path / "run.pt", resume=resume)
+        how = Training(epochs=4, batch=16, rate=0.1)
+        if epochs < 4:
+
+            def stops(m, x, y, at):
+                if at.epoch == epochs:
+                    raise KeyboardInterrupt
+                return squares(m, x, y, at)
+
+            with pytest.raises(KeyboardInterrupt):
+                train(model, examples(), stops, how, hooks=Hooks(after=after, state=count), keep=keep)
+        else:
+            train(model, examples(), squares, how, hooks=Hooks(after=after, state=count), keep=keep)
+        return model, int(count.steps)
+
+    whole, steps = ran(4, False)
+    ran(2, False)
+    again, steps_again = ran(4, True)
+    assert steps == steps_again == 4 * 4
+    assert whole.weight.abs().max() <= 0.01 and torch.equal(whole.weight, again.weight)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_low_precision_trains_float32_weights_to_about_the_same_loss(precision):
+    torch.manual_seed(0)
+    nets = [nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    seen = set()
+
+    def loss(model, x, y, at):
+        z = model(x)
+        seen.add(z.dtype)
+        return nn.functional.cross_entropy(z.float(), y)
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 4, generator=generator)
+    data = Data(x, (x[:, 0] > 0).long())
+    ends = [
+        train(net, data, loss, Training(epochs=20, batch=16, rate=1e-2, precision=p))[-1]
+        for net, p in zip(nets, ("float32", precision))
+    ]
+    assert seen == {torch.float32, getattr(torch, precision)} and nets[1][0].weight.dtype == torch.float32
+    assert ends[1] == pytest.approx(ends[0], abs=0.03) and ends[0] < 0.3
+    assert not torch.equal(nets[0][0].weight, nets[1][0].weight)
+
+
+def test_in_float16_an_infinite_gradient_leaves_out_one_step_and_halves_the_scale():
+    model = nn.Linear(2, 1)
+    before, scales = model.weight.detach().clone(), []
+
+    def passes(run, once, at):
+        found = once()
+        if at.step == 1:
+            model.weight.grad[0, 0] = math.inf
+        return found
+
+    def after(run, at):
+        scales.append((run.scaler.get_scale(), torch.equal(model.weight, before)))
+        before.copy_(model.weight)
+
+    data = Data(torch.rand(4, 2), torch.zeros(4, dtype=torch.long))
+    how = Training(epochs=3, batch=4, rate=0.01, precision="float16")
+    train(model, data, lambda *of: squares(*of) / 1000, how, hooks=Hooks(passes=passes, after=after))
+    assert [same for _, same in scales] == [False, True, False]
+    assert scales[0][0] == 2**16 and scales[1][0] == scales[2][0] == 2**15
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_the_layer(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+
+    def breaks(m, x, y, at):
+        return squares(m, x, y, at) + (m[1].weight.sum() * math.nan if at.epoch == 2 else 0)
+
+    place = tmp_path / "run.pt"
+    with pytest.raises(Diverged, match=r"epoch 3, step 9: .* first at 1\.weight"):
+        train(model, examples(), breaks, Training(epochs=4, batch=16), keep=Checkpoint(place))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    with pytest.raises(BadInput, match="of other weights"):  # whole, but of another first network
+        train(model, examples(), squares, Training(epochs=4, batch=16), keep=Checkpoint(place, resume=True))
