@@ -137,7 +137,7 @@ def step(run: Running, value: Callable[[], Tensor], how: Training, hooks: Hooks,
 
     def once() -> Tensor:
         with torch.autocast(device, dtype, enabled=low):
-            found = value().float()  # what is scaled does not fit into half precision
+            found = value()
         run.scaler.scale(found).backward()
         return found.detach()
 
@@ -161,9 +161,7 @@ def clip_or_stop(run: Running, value: Tensor, how: Training, at: Moment) -> None
     In float16 a gradient that is not finite is no failure: its step is left out and the loss scaled less.
     """
     parameters = [(name, p) for name, p in run.model.named_parameters() if p.grad is not None]
-    norm = nn.utils.clip_grad_norm_(
-        [p for _, p in parameters], math.inf if how.clip is None else how.clip
-    )
+    norm = nn.utils.get_total_norm([p.grad for _, p in parameters])
     scaled = run.scaler.is_enabled() and math.isfinite(value.item())
     if not scaled and not (math.isfinite(value.item()) and math.isfinite(norm.item())):
         broken = next((name for name, p in parameters if not p.grad.isfinite().all()), None)
@@ -173,3 +171,5 @@ def clip_or_stop(run: Running, value: Tensor, how: Training, at: Moment) -> None
             f"the norm of its gradient {norm.item():g}{where}; lower the rate ({how.rate:g}) or clip the "
             "gradient; a checkpoint of the last whole epoch is left as it is"
         )
+    if how.clip is not None:
+        nn.utils.clip_grads_with_norm_([p for _, p in parameters], how.clip, norm)

@@ -28,7 +28,8 @@ class Training:
     optimizer: adam, adamw, or sgd with momentum 0.9. milestones: epochs (from 0) from which on the rate is
     `drop` times as high. warmup: epochs of a linear rise. decay: weight decay as the optimizer takes it.
     clip: the largest Euclidean norm of the gradient, None for no limit. precision: of the passes, while the
-    weights stay in float32: float32, bfloat16, or float16 with a loss that is scaled to keep small gradients.
+    weights stay in float32: float32, bfloat16, or float16 with a loss that is scaled to keep small gradients
+    (the loss itself is to be float32; torch's cross-entropy is).
     """
 
     epochs: int
