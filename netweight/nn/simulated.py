@@ -25,6 +25,7 @@ from netweight.core.grid import Grid, extent, from_codes, in_groups, scale_and_z
 from netweight.nn.fake import StaticRounding
 from netweight.nn.layers import run
 from netweight.nn.packed import Affine
+from netweight.nn.quantizer import straight
 
 MOST = 2.0**30  # steps of a bias: half of what an accumulator of 32 bits holds
 
@@ -84,8 +85,3 @@ class Simulated(nn.Module):
             vars(shell)["bias"] = straight(bias, rounded_bias(bias, scale, step))
         rounded = from_codes(codes, scale, zero).reshape(weight.shape).to(weight)
         return run(shell, x if self.rounding is None else self.rounding(x), straight(weight, rounded))
-
-
-def straight(value: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient of `value`."""
-    return rounded.detach() + (value - value.detach())

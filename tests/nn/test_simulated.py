@@ -8,7 +8,8 @@ from torch import nn
 
 from netweight.core.grid import Grid
 from netweight.nn.fake import StaticRounding
-from netweight.nn.simulated import MOST, Simulated, pack, rounded_bias, row_scales, straight
+from netweight.nn.quantizer import straight
+from netweight.nn.simulated import MOST, Simulated, pack, rounded_bias, row_scales
 
 STEP = torch.tensor(0.05)
 
