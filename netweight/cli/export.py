@@ -10,7 +10,7 @@ import typer
 from netweight.cli import common
 from netweight.core.errors import unknown
 
-FORMS = ("onnx", "onnxruntime", "openvino", "compressed-tensors", "integer")
+FORMS = ("onnx", "onnx-int8", "onnxruntime", "openvino", "compressed-tensors", "integer")
 
 
 def export(

@@ -1,6 +1,7 @@
 """The forms that other runtimes load, and what each gave when it was opened there.
 
     onnx                 model.onnx, any ONNX runtime                    deployment/onnx.py
+    onnx-int8            model.int8.onnx, integers between layers too     deployment/onnx_int8.py
     onnxruntime          model.ort.onnx, with ONNX Runtime's MatMulNBits deployment/matmulnbits.py
     openvino             model.xml and model.bin                         deployment/openvino.py
     compressed-tensors   a folder for Transformers and vLLM              deployment/compressed_tensors.py
@@ -21,10 +22,11 @@ from netweight.core.compressed import Compressed
 from netweight.core.errors import unknown
 from netweight.core.result import Evidence
 from netweight.core.task import Task
-from netweight.deployment import compressed_tensors, integer_onnx, onnx, openvino
+from netweight.deployment import compressed_tensors, integer_onnx, onnx, onnx_int8, openvino
 
 PLACES = {
     "onnx": "model.onnx",
+    "onnx-int8": "model.int8.onnx",
     "onnxruntime": "model.ort.onnx",
     "openvino": "model.xml",
     "compressed-tensors": "compressed-tensors",
@@ -42,6 +44,8 @@ def export(small: Compressed, task: Task, to: str, path: Path) -> dict[str, Any]
     x = task.test.take(COMPARED).x
     if to == "onnx":
         made = onnx.export(small, path, x)
+    elif to == "onnx-int8":
+        made = onnx_int8.export(small, path, task.calibration, x)
     elif to == "onnxruntime":
         made = onnx.export(small, path, x, low_bit_products=True)
     elif to == "openvino":
