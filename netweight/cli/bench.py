@@ -10,6 +10,7 @@ from netweight.cli import common
 
 BENCHES = {
     "allocate": "netweight.bench.allocate:bench",
+    "compress": "netweight.bench.compress:bench",
     "distortion": "netweight.bench.distortion:bench",
     "run": "netweight.bench.run:bench",
     "stream": "netweight.bench.stream:bench",
@@ -18,6 +19,7 @@ BENCHES = {
 }
 OPTIONS = {
     "verify": ("peer_python", "plot"),
+    "compress": ("peer_python",),
     "distortion": ("plot",),
     "vnncomp": ("family", "limit", "timeout"),
 }
@@ -27,7 +29,10 @@ def bench(
     name: Annotated[str, typer.Argument(metavar="NAME", help=f"One of {', '.join(BENCHES)}.")],
     peer_python: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="verify: the Python of an environment that has auto_LiRPA."),
+        typer.Option(
+            metavar="PATH",
+            help="verify: the Python of an environment that has auto_LiRPA; compress: llmcompressor.",
+        ),
     ] = None,
     plot: Annotated[
         str | None,
@@ -40,7 +45,7 @@ def bench(
     timeout: Annotated[float | None, typer.Option(help="vnncomp: seconds for each property.")] = None,
     json: common.Json = False,
 ) -> bool:
-    """Measure the planner, packed products, block-by-block memory, bounds or proofs on this machine."""
+    """Measure the planner, compressing, packed products, block-by-block memory, bounds or proofs here."""
     from netweight.core.errors import BadInput, unknown
     from netweight.core.origin import named
 

@@ -27,7 +27,8 @@ from netweight.core.progress import steps
 from netweight.core.task import Data
 
 MIRRORED = 256  # inputs from which on a Gram matrix is computed on one side of its diagonal
-AT_ONCE = 2**24  # products of single examples that are in memory together
+STRIPS = 8  # of rows; more of them save less and less
+AT_ONCE = 2**12  # vectors of several examples in one product: sums in float32 stay short
 
 
 @dataclass
@@ -67,13 +68,36 @@ def moments(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[str, Mo
     """
     known = _memo(model, data)
     missing = [layer for layer in layers if layer not in known]
-    for layer in missing:
-        if not isinstance(model.get_submodule(layer), WEIGHTED):
-            kind = type(model.get_submodule(layer)).__name__
-            raise DoesNotFit(f"{layer}: a {kind} has no matrix of inputs; methods that need one leave it out")
+    need_inputs(model, missing)
     if missing:
         known.update(_collect(model, data, missing))
     return {layer: known[layer] for layer in layers}
+
+
+def are_known(model: nn.Module, data: Data, layers: Sequence[str]) -> bool:
+    """Whether `moments` of all these layers are there already."""
+    return all(layer in _memo(model, data) for layer in layers)
+
+
+def need_inputs(model: nn.Module, layers: Sequence[str]) -> None:
+    """Raises `DoesNotFit` for a layer that has no Gram matrix."""
+    for layer in layers:
+        if not isinstance(model.get_submodule(layer), WEIGHTED):
+            kind = type(model.get_submodule(layer)).__name__
+            raise DoesNotFit(f"{layer}: a {kind} has no matrix of inputs; methods that need one leave it out")
+
+
+def second_moment(layer: nn.Module, inputs: Sequence[Tensor]) -> Float[Tensor, "groups d d"]:
+    """The sum over examples and positions of x x^T, for some inputs of one layer, in the precision in which
+    the products are: float32 for inputs of 32 bits and less."""
+    total: Tensor | None = None
+    for x in inputs:
+        columns = _columns(layer, _at_least_single(x))
+        if total is None:
+            total = columns.new_zeros(columns.shape[1], columns.shape[2], columns.shape[2])
+        _add_products(total, columns)
+    assert total is not None
+    return total
 
 
 @contextmanager
@@ -129,12 +153,12 @@ def _collect(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[str, M
 
     def see(layer: str, x: Tensor) -> None:
         module = model.get_submodule(layer)
-        given, now = x, _state(x)
+        given, now = x, same(x)
         if isinstance(module, nn.Linear) and last and last[0][1] == now:
             new = last[0][2]
             found[layer] = _sum(found[layer], new) if layer in found else new
             return
-        x = x.float() if x.element_size() < 4 else x  # sums of half precision overflow
+        x = _at_least_single(x)
         if not isinstance(module, nn.Linear):
             x = x if x.ndim == module.weight.ndim else x[None]
         columns = _columns(module, x)
@@ -161,33 +185,41 @@ def _collect(model: nn.Module, data: Data, layers: Sequence[str]) -> dict[str, M
     for layer in layers:
         if layer not in found:
             raise DoesNotFit(f"{layer}: the layer is never called on the calibration data; leave it out")
-    return {layer: _mean(found[layer], len(data)) for layer in layers}
+    return {layer: _mean(found.pop(layer), len(data)) for layer in layers}  # never all of them twice
 
 
-def _state(x: Tensor) -> object:
+def _at_least_single(x: Tensor) -> Tensor:
+    """In float32 at least: sums of half precision overflow."""
+    return x.float() if x.element_size() < 4 else x
+
+
+def same(x: Tensor) -> object:
     """What says that a tensor is still the same piece of memory with the same values."""
     return x.data_ptr(), x._version, x.shape, x.stride(), x.dtype
 
 
 def _gram(columns: Float[Tensor, "b groups d n"]) -> Float[Tensor, "groups d d"]:
-    """The sum of x x^T over examples and positions; few examples at a time where the products are large."""
+    """The sum of x x^T over examples and positions, in float64."""
     groups, d = columns.shape[1:3]
-    some = columns.split(max(AT_ONCE // (groups * d * d), 1))
-    return torch.stack([_with_itself(part).sum(0, dtype=torch.float64) for part in some]).sum(0)
+    total = columns.new_zeros(groups, d, d, dtype=torch.float64)
+    _add_products(total, columns)
+    return total
 
 
-def _with_itself(part: Float[Tensor, "b groups d n"]) -> Float[Tensor, "b groups d d"]:
-    """x x^T; of large ones the part above the diagonal is mirrored, which saves three products in eight."""
-    d = part.shape[-2]
-    if d < MIRRORED:
-        return part @ part.mT
-    product = part.new_empty(*part.shape[:-1], d)
-    for rows in torch.arange(d).tensor_split(4):
-        first, stop = int(rows[0]), int(rows[-1]) + 1
-        below = part[..., first:stop, :] @ part[..., :stop, :].mT
-        product[..., first:stop, :stop] = below
-        product[..., :first, first:stop] = below[..., :first].mT
-    return product
+def _add_products(total: Float[Tensor, "groups d d"], columns: Float[Tensor, "b groups d n"]) -> None:
+    """Add the sum of x x^T, some examples side by side in one product. Of large ones the part above the
+    diagonal is mirrored, which saves near half of the product, and no whole one lies in memory."""
+    groups, d, n = columns.shape[1:]
+    for part in columns.split(max(AT_ONCE // n, 1)):
+        x = part[0] if len(part) == 1 else part.movedim(0, 2).reshape(groups, d, -1)
+        if d < MIRRORED:
+            total += x @ x.mT
+            continue
+        for rows in torch.arange(d).tensor_split(STRIPS):
+            first, stop = int(rows[0]), int(rows[-1]) + 1
+            below = x[:, first:stop] @ x[:, :stop].mT
+            total[:, first:stop, :stop] += below
+            total[:, :first, first:stop] += below[..., :first].mT
 
 
 def _sum(a: Moments, b: Moments) -> Moments:

@@ -6,12 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from netweight.compression.quantize.gptq import GPTQ, encode, gptq, inverse_factor
+from netweight.compression.quantize.gptq import GPTQ, encode, encoded, factor, gptq, order_of
 from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.compression.quantize.rtn import encode as round_to_nearest
-from netweight.core.compressed import weight_of, weighted
+from netweight.core.compressed import assemble, weight_of, weighted
 from netweight.core.errors import DoesNotFit
 from netweight.core.moments import moments
+from netweight.core.plan import Plan
 from netweight.core.task import Data, Task
 from netweight.testing import check_compressor, tiny_language_model, tiny_model, tiny_task, tiny_text_task
 
@@ -119,14 +120,20 @@ def test_groups_of_a_convolution_are_problems_of_their_own():
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_inverse_factor_is_the_cholesky_factor_of_the_inverse():
+@pytest.mark.parametrize("damping", [0.0, 0.01])
+def test_the_factor_is_unit_triangular_and_makes_the_damped_matrix_in_that_order(damping):
     _, gram = problem(5, n=2)
-    U = inverse_factor(gram, 0.0)
-    assert torch.allclose(U.mT @ U, gram.inverse(), rtol=1e-8)
-    assert torch.equal(U, U.triu()) and (U.diagonal(dim1=1, dim2=2) > 0).all()
-    damped = gram + 0.01 * torch.diag_embed(gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(2, 12))
-    U = inverse_factor(gram, 0.01)
-    assert torch.allclose(U.mT @ U, damped.inverse(), rtol=1e-8)
+    order = order_of(gram, True)
+    assert not torch.equal(order[0], order[1])
+    H = gram + damping * torch.diag_embed(gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).expand(2, 12))
+    H = torch.stack([one[i][:, i] for one, i in zip(H, order)])
+    R = factor(gram, order, damping).double()
+    assert torch.equal(R, R.triu()) and (R.diagonal(dim1=1, dim2=2) == 1).all()
+    within = torch.linalg.solve(R, torch.linalg.solve(R, H).mT)
+    D = within.diagonal(dim1=1, dim2=2)
+    assert (D > 0).all() and torch.allclose(within, D.diag_embed(), atol=1e-4 * float(D.max()))
+    U = torch.linalg.cholesky(H.inverse(), upper=True)  # of the paper
+    assert torch.allclose(R.inverse() * U.diagonal(dim1=1, dim2=2)[..., None], U, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01])
@@ -159,9 +166,81 @@ def test_error_on_the_calibration_inputs_is_far_below_rounding():
     assert sum(ratios) / 10 < 0.45 and max(ratios) < 0.7
 
 
+def test_layers_with_one_input_are_rounded_as_if_alone():
+    weight, gram = problem(8)
+    other, third = problem(9, rows=7)[0], problem(10, rows=1)[0]
+    for chosen in (GPTQ(3), GPTQ(3, True, -1), GPTQ(4, False, 4), GPTQ(3, False, 4, act_order=False)):
+        together = encoded({"a": weight, "b": other, "c": third}, gram, chosen)
+        for name, w in {"a": weight, "b": other, "c": third}.items():
+            alone = encode(w, gram, chosen)
+            assert (
+                torch.equal(together[name].decode(), alone.decode()) and together[name].bits() == alone.bits()
+            )
+
+
+def chain(seed: int, depth: int = 6, width: int = 24) -> tuple[nn.Sequential, Data]:
+    """Linear layers in a row with inputs of few directions: each layer's error is input of the next."""
+    g = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth)))
+    for layer in model:
+        layer.weight.data = torch.randn(width, width, generator=g) / width**0.5
+    mix = torch.randn(width, width, generator=g) * torch.logspace(0, -1.5, width)[:, None]
+    return model.eval(), Data(torch.randn(400, width, generator=g) @ mix, batch=100)
+
+
+def off(model: nn.Sequential, change, data: Data) -> float:
+    """Relative squared error of the outputs."""
+    small = assemble(model, change, Plan()).plain()
+    with torch.no_grad():
+        return float((small(data.x) - model(data.x)).square().sum() / model(data.x).square().sum())
+
+
+def test_sequential_rounds_the_first_layer_alike_and_later_ones_for_what_they_then_read():
+    model, data = chain(0)
+    task = Task(data, data, "mse")
+    one, other = (gptq(model, task, weighted(model), GPTQ(3, sequential=s)).packed for s in (False, True))
+    assert torch.equal(one["0"].decode(), other["0"].decode())
+    twin = chain(0)[0]
+    for layer in weighted(model):
+        seen = moments(twin, data.batched(100), [layer])[layer]
+        expected = encode(weight_of(model, layer), seen.gram.float(), GPTQ(3))
+        same = (other[layer].integers() == expected.integers()).float().mean()
+        assert same > 0.99  # sums of other order
+        assert layer == "0" or not torch.equal(one[layer].decode(), other[layer].decode())
+        twin.get_submodule(layer).weight.data = other[layer].decode()
+    alone = gptq(model, task, ["3"], GPTQ(3, sequential=True)).packed["3"]
+    assert torch.equal(alone.decode(), gptq(model, task, ["3"], GPTQ(3)).packed["3"].decode())
+
+
+@pytest.mark.parametrize(("bits", "depth", "most"), [(2, 8, 0.8), (3, 4, 1.0)])
+def test_sequential_is_better_on_a_deep_chain_on_the_whole(bits, depth, most):
+    plain, sequential = [], []
+    for seed in range(16):
+        model, data = chain(seed, depth)
+        task = Task(data, data, "mse")
+        for errors, settings_ in ((plain, GPTQ(bits)), (sequential, GPTQ(bits, sequential=True))):
+            errors.append(off(model, gptq(model, task, weighted(model), settings_), data))
+    assert sum(sequential) < most * sum(plain)
+
+
+def test_moments_that_are_there_already_give_the_same():
+    model, data = chain(1)
+    task, layers = Task(data, data, "mse"), weighted(model)
+    walked = gptq(model, task, layers, GPTQ(3)).packed
+    moments(model, data, layers)
+    for layer, form in gptq(model, task, layers, GPTQ(3)).packed.items():
+        assert (form.integers() == walked[layer].integers()).float().mean() > 0.99
+
+
 @pytest.mark.parametrize(
     "chosen",
-    [GPTQ(), GPTQ(3, True, 8), GPTQ(3, False, 8, act_order=False, block=12), GPTQ(2, group=-1)],
+    [
+        GPTQ(),
+        GPTQ(3, True, 8),
+        GPTQ(3, sequential=True),
+        GPTQ(3, False, 8, act_order=False, block=12),
+        GPTQ(2, group=-1),
+    ],
     ids=repr,
 )
 def test_laws_and_layers(chosen):
@@ -170,6 +249,8 @@ def test_laws_and_layers(chosen):
     model, task = tiny_model(), tiny_task()
     layers = weighted(model)
     seen = moments(model, task.calibration, layers)
+    if chosen.sequential:
+        return
     for layer, form in gptq(model, task, layers, chosen).packed.items():
         assert torch.equal(form.decode(), encode(weight_of(model, layer), seen[layer].gram, chosen).decode())
 
