@@ -1,4 +1,4 @@
-"""`--method auto`: several plans are carried out, and the one that moves the network least is kept.
+"""`--method auto`: several plans are carried out and measured on the whole network.
 
     bases    the network as it is, and after the exact rewrites of each method that has some (AWQ's scales,
              equalization): the same function, so that every layer may still take any method
@@ -8,8 +8,10 @@
              data, E KL(softmax f(x) | softmax f'(x)); then the mean errors taken off the biases of the best
 
 What the planner adds up per layer is a model of that distortion; a model that is wrong by a few per cent may
-prefer the wrong plan, hence the trials. With `thorough` every whole-network and every learning method of the
-catalogue that rounds weights is tried as well. The plan says what was tried.
+prefer the wrong plan, hence the trials. They are measured on few examples: the first plan, one method on the
+network as it is, gives way only to what is better by `SURELY` standard errors. With `thorough` every
+whole-network and every learning method of the catalogue that rounds weights is tried as well. The plan says
+what was tried.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from netweight.compression.quantize.bias_correction import corrected
 from netweight.core import catalogue
@@ -45,6 +48,7 @@ from netweight.planning import (
 )
 from netweight.resume import Work
 
+SURELY = 2.0
 WORTH = 4.0  # plans whose predicted distortion is more times the least are not carried out
 JUDGED = 1024  # calibration examples on which a trial is measured
 OUTPUTS = 2**27  # numbers that outputs on them may have
@@ -67,12 +71,25 @@ class Base:
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan carried out, and the distortion measured: nats of KL on the calibration data."""
+    """A plan carried out, and what was measured: nats of KL for each example of the calibration data."""
 
     name: str
     plan: Plan
     change: Change
-    distortion: float
+    each: Float[Tensor, " b"]
+
+    @property
+    def distortion(self) -> float:
+        """The mean over the examples."""
+        return float(self.each.mean())
+
+    def better(self, than: Trial) -> bool:
+        """Whether it distorts less by `SURELY` standard errors of the difference on the same examples."""
+        if not than.each.isfinite().all():
+            return bool(self.each.isfinite().all())
+        gain = than.each - self.each
+        error = float(gain.std() / math.sqrt(len(gain))) if len(gain) > 1 else 0.0
+        return float(gain.mean()) > SURELY * error
 
 
 def best(
@@ -84,14 +101,24 @@ def best(
     thorough: bool = False,
     work: Work = NOTHING,
 ) -> Compressed:
-    """The network of the plan that distorts least, `plan.tried` filled in. The model is untouched.
+    """The network of the plan that is kept, which is the first in `plan.tried`. The model is untouched.
 
     Raises what `planning.plan` raises where not one plan meets the budget.
     """
     tried = trials(model, task, budget, distortion=distortion, thorough=thorough, work=work)
-    least = min(tried, key=lambda trial: trial.distortion)
-    plan = dataclasses.replace(least.plan, tried={trial.name: trial.distortion for trial in tried})
-    return assemble(model, least.change, plan)
+    kept = choose(tried)
+    rest = sorted((trial for trial in tried if trial is not kept), key=lambda trial: trial.distortion)
+    plan = dataclasses.replace(kept.plan, tried={trial.name: trial.distortion for trial in (kept, *rest)})
+    return assemble(model, kept.change, plan)
+
+
+def choose(tried: Sequence[Trial]) -> Trial:
+    """The first of the trials, or what is surely better: a plan that measures best by chance does not."""
+    kept = tried[0]
+    for trial in sorted(tried[1:], key=lambda trial: trial.distortion):
+        if trial.better(kept):
+            kept = trial
+    return kept
 
 
 def trials(
@@ -107,7 +134,7 @@ def trials(
     judge = Judge(model, task.calibration.take(judged(model, task.calibration)))
 
     def measured(name: str, plan: Plan, change: Change) -> Trial:
-        return Trial(name, plan, change, judge.whole(assemble(model, change, plan).model))
+        return Trial(name, plan, change, judge.each(assemble(model, change, plan).model))
 
     options: list[Option] = []
     tried: list[Trial] = []
@@ -131,7 +158,7 @@ def trials(
     if thorough:
         for slug, plan, change in others(model, task, budget, distortion):
             tried.append(measured(slug, plan, change))
-    best_yet = min(tried, key=lambda trial: trial.distortion)
+    best_yet = choose(tried)
     change = shifted(model, task, best_yet.change, best_yet.plan, budget)
     if change is not None:
         tried.append(measured(f"{best_yet.name}, biases corrected", best_yet.plan, change))

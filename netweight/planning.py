@@ -20,7 +20,7 @@ from netweight.compression.quantize.rtn import RTN, rtn
 from netweight.core import catalogue
 from netweight.core.compressed import Change, Packed, weight_of, weighted
 from netweight.core.errors import BadInput, DoesNotFit, ImpossibleBudget
-from netweight.core.plan import Budget, Option, Plan, allocate
+from netweight.core.plan import Budget, KnowsBits, Option, PlacesBits, Plan, allocate
 from netweight.core.progress import steps
 from netweight.core.task import Task
 from netweight.evidence import sensitivity
@@ -227,7 +227,7 @@ def uniform(model: nn.Module, budget: Budget, method: str) -> Any:
     layers = planned_layers(model, budget)
     kind = catalogue.settings(method)
     default = kind()
-    if hasattr(default, "within"):  # it places the bits itself; three more tensors a layer: range and bias
+    if isinstance(default, PlacesBits):  # three more tensors a layer: range and bias
         beside = fixed_bits(model, layers) + 3 * HEADER * len(layers)
         return default.within(budget.in_bytes(float_bytes(model)), beside)
     if budget.bops is not None or budget.latency is not None:
@@ -248,9 +248,10 @@ def uniform(model: nn.Module, budget: Budget, method: str) -> Any:
 
 
 def most_bits(settings: Any, shape: Sequence[int]) -> float:
-    """Bits of a weight of that shape: what the settings say (`stored_bits`), else those of a grid."""
-    own = getattr(settings, "stored_bits", None)
-    return affine_bits(shape, settings.bits, getattr(settings, "group", 0)) if own is None else own(shape)
+    """Bits of a weight of that shape: what the settings say where they know, else those of a grid."""
+    if isinstance(settings, KnowsBits):
+        return settings.stored_bits(shape)
+    return affine_bits(shape, settings.bits, getattr(settings, "group", 0))
 
 
 def affine_bits(shape: Sequence[int], bits: int, group: int) -> float:

@@ -7,12 +7,12 @@ import torch
 
 from netweight import auto, pipeline
 from netweight.core import catalogue
-from netweight.core.compressed import Compressed, assemble
+from netweight.core.compressed import Change, Compressed, assemble
 from netweight.core.errors import ImpossibleBudget
 from netweight.core.plan import Budget, Option, Plan
 from netweight.core.task import Task, outputs
 from netweight.data import digits
-from netweight.evidence.sensitivity import divergence
+from netweight.evidence.sensitivity import divergence, divergences
 from netweight.models.digits_cnn import digits_cnn
 from netweight.planning import alone, float_bytes
 from netweight.resume import Work
@@ -28,14 +28,37 @@ def measured(model, task, small):
 def test_no_single_method_is_better(budget):
     model, task = tiny_model(), tiny_task()
     small = auto.best(model, task, budget)
-    least = measured(model, task, small)
-    assert least == pytest.approx(min(small.plan.tried.values()), rel=1e-9)
+    data = task.calibration.take(auto.JUDGED)
+    kept = divergences(outputs(model, data), outputs(small.model, data))
+    assert float(kept.mean()) == pytest.approx(next(iter(small.plan.tried.values())), rel=1e-9)
     for method in ("gptq", "rtn", "magnitude", "nm-magnitude", "awq", "equalize"):
         try:
             plan, change = alone(model, task, budget, method)
         except ImpossibleBudget:
             continue
-        assert least <= measured(model, task, assemble(model, change, plan)) * (1 + 1e-9), method
+        other = divergences(outputs(model, data), outputs(assemble(model, change, plan).model, data))
+        assert not auto.Trial(method, plan, change, other).better(
+            auto.Trial("kept", small.plan, change, kept)
+        ), method
+
+
+def test_a_plan_gives_way_only_to_what_is_surely_better():
+    g = torch.Generator().manual_seed(0)
+    base, noise = torch.rand(400, generator=g).double(), torch.randn(400, generator=g).double()
+
+    def trial(name, each):
+        return auto.Trial(name, Plan({}), Change({}), each)
+
+    first = trial("first", base + 1)
+    lucky = trial("lucky", base + 0.99 + 0.2 * (noise - noise.mean()))  # 0.01 better, one standard error
+    sure = trial("sure", base + 0.97 + 0.2 * (noise - noise.mean()))  # three of them
+    lost = trial("lost", torch.full((400,), math.inf).double())
+    assert auto.choose([first, lucky, lost]) is first
+    assert auto.choose([first, lucky, sure]) is sure
+    assert auto.choose([sure, first]) is sure
+    assert auto.choose([lost, lucky, first]) is not lost
+    alike = trial("alike", base + 0.999)  # better on every single example
+    assert auto.choose([first, alike]) is alike
 
 
 def test_the_budget_holds_whatever_came_first():

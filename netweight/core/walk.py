@@ -143,11 +143,8 @@ def standing(
             part.at = part.x = None
             if part.stop:
                 raise _Enough
-        other = weight(layer) if weight is not None else None
-        if other is not None:
-            vars(model.get_submodule(layer))["weight"] = (
-                other  # found before the parameter, which stays as it is
-            )
+        if weight is not None and (other := weight(layer)) is not None:
+            vars(model.get_submodule(layer))["weight"] = other  # found before the parameter, which stays
 
     def after(module: nn.Module, _inputs: object, _output: object) -> None:
         vars(module).pop("weight", None)

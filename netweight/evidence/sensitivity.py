@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from netweight.core.compressed import WEIGHTED, Change, Packed, replace, weight_of
@@ -236,19 +237,25 @@ def _scaled(priced: Sequence[Priced], measure: Callable[[Packed], float]) -> lis
     return [error * max(units[candidate.slug], least) if error else 0.0 for candidate, _, error in priced]
 
 
-def divergence(reference: Tensor, moved: Tensor) -> float:
-    """Mean KL divergence of the softmax outputs in nats, inf where they are not finite; the mean squared
-    difference for a single output."""
+def divergences(reference: Float[Tensor, "b ... c"], moved: Float[Tensor, "b ... c"]) -> Float[Tensor, " b"]:
+    """KL divergence of the softmax outputs in nats, float64, for each example the mean over its positions;
+    the squared difference for a single output; inf where any output is not finite."""
     if not moved.isfinite().all():
-        return math.inf
-    if reference.shape[-1] == 1:
-        return float((moved - reference).double().square().mean())
-    total, count = 0.0, 0
+        return torch.full((len(moved),), math.inf, dtype=torch.float64)
+    found = []
     for before, after in zip(reference.split(64), moved.split(64)):  # float64 copies of few rows at a time
-        p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
-        each = (p.exp() * (p - q)).sum(-1)
-        total, count = total + float(each.sum()), count + each.numel()
-    return max(total / count, 0.0)
+        if reference.shape[-1] == 1:
+            each = (after - before).double().square().flatten(1)
+        else:
+            p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+            each = (p.exp() * (p - q)).sum(-1).reshape(len(p), -1)
+        found.append(each.mean(1).cpu())
+    return torch.cat(found).clamp(min=0)
+
+
+def divergence(reference: Float[Tensor, "b ... c"], moved: Float[Tensor, "b ... c"]) -> float:
+    """The mean of `divergences`."""
+    return float(divergences(reference, moved).mean())
 
 
 class Judge:
@@ -271,7 +278,11 @@ class Judge:
 
     def whole(self, other: nn.Module) -> float:
         """See `divergence`, for another network on the same data."""
-        return divergence(self.reference, outputs(other, self.data))
+        return float(self.each(other).mean())
+
+    def each(self, other: nn.Module) -> Float[Tensor, " b"]:
+        """See `divergences`, for another network on the same data."""
+        return divergences(self.reference, outputs(other, self.data))
 
     @contextmanager
     def _changed(self, layer: str, form: Packed) -> Iterator[Tensor]:

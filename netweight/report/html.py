@@ -72,7 +72,7 @@ def render(evidence: Evidence, plan: Plan, options: Sequence[Option], examples: 
         if plan.choices
         else None,
         options=len(options),
-        tried=sorted(plan.tried.items(), key=lambda item: item[1]),
+        tried=[*plan.tried.items()],
         flipped=[example for example in examples if example.kind == "flipped"],
         flips=len(evidence.flipped),
         found=[example for example in examples if example.kind == "found"],

@@ -72,7 +72,7 @@ def table(subject: Subject, budget: Budget, *, thorough: bool) -> dict[str, Any]
         trial.name: divergence(reference, outputs(assemble(model, trial.change, trial.plan).model, test))
         for trial in tried
     }
-    chosen = min(tried, key=lambda trial: trial.distortion)
+    chosen = auto.choose(tried)
     slugs = {system.slug for system in catalogue.SYSTEMS}
     singles = {name: value for name, value in truth.items() if name in slugs}
     best = min(singles, key=lambda name: singles[name])
