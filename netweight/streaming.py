@@ -32,7 +32,7 @@ from netweight.core.compressed import FORMAT, Change, Compressed, assemble, desc
 from netweight.core.errors import BadInput, need
 from netweight.core.plan import Budget, Plan, allocate
 from netweight.core.progress import steps
-from netweight.core.rewrite import Scale
+from netweight.core.rewrite import rewritten
 from netweight.core.task import Data, Task, outputs
 from netweight.data import files
 from netweight.data.text import Subwords
@@ -224,14 +224,25 @@ def _one_block(block: Block, hidden: Data, budget: Budget, method: str, group: i
 
 
 def _rewritten(block: Block, task: Task, budget: Budget, method: str) -> Compressed:
-    """One block by a method that scales across its layers: what is scaled is stored as it then is."""
+    """One block by a method that rewrites across its layers: what has other values is stored as it then is.
+
+    Raises `BadInput` for what gives the block other modules or tensors, which no folder of values can say.
+    """
     settings = uniform(block, budget, method)
     change = catalogue.method(method)(block, task.blind(), planned_layers(block, budget), settings)
-    if change.activations or change.biases or not all(isinstance(r, Scale) for r in change.rewrites):
+    exact = rewritten(block, change.rewrites)
+    bare = [layer for layer in change.biases if getattr(block.get_submodule(layer), "bias", None) is None]
+    if change.activations or bare or _built(exact) != _built(block):
         raise BadInput(
             f"{method} adds to a network what cannot be stored block by block; load it whole instead"
         )
     return assemble(block, change, as_plan(block, change, method, settings))
+
+
+def _built(module: nn.Module) -> tuple[dict[str, type], dict[str, torch.Size]]:
+    """Of which modules and tensors a network consists, by name."""
+    modules = {name: type(part) for name, part in module.named_modules()}
+    return modules, {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def _write_block(partial: Path, number: int, small: Compressed, prefix: str) -> None:

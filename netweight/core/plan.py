@@ -13,7 +13,7 @@ import decimal
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 
@@ -122,6 +122,25 @@ def _number(part: str, value: str) -> float:
 def _bytes(part: str, value: str) -> float:
     factor = {"k": 1e3, "M": 1e6, "G": 1e9}.get(value[-1:], 1.0)
     return _number(part, value[:-1] if factor != 1.0 else value) * factor
+
+
+@runtime_checkable
+class PlacesBits(Protocol):
+    """Settings of a method that shares the bits of a budget out among the layers by itself."""
+
+    def within(self, budget: Budget, beside: float) -> Self:
+        """These settings with the ceilings of a budget (no share of the size); beside: bits of the file that
+        are no packed weights."""
+        ...
+
+
+@runtime_checkable
+class KnowsBits(Protocol):
+    """Settings of a method that stores a weight otherwise than a uniform grid does."""
+
+    def stored_bits(self, shape: Sequence[int]) -> float:
+        """The most bits that a weight of that shape takes: what a budget is held against."""
+        ...
 
 
 @dataclass

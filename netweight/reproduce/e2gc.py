@@ -5,7 +5,9 @@ Here: stacks of five 3 x 3 group convolutions, 32 to 512 channels on maps of 32 
 of 8, one thread, channels last. Energy is a counter of the processor where one can be read, else CPU time
 times a constant (figures say which): the ratios of the bars are the same then as those of CPU times. A
 constant group count is compared with two neighbouring group sizes, mixed to the same MACs. Accuracy: a
-MobileNet-like net trained on 10,000 images of CIFAR-10, groups of 8 against 8 groups.
+MobileNet-like net trained on 10,000 images of CIFAR-10, groups of 8 against 8 groups, with one recipe for
+both: of seven (images shifted or not, batch, rate, epochs, warm-up) the one that gave the two the highest
+mean accuracy on 5,000 further training images.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from netweight.core.graph import macs
@@ -38,7 +41,8 @@ from netweight.training.loop import Moment, Training, train
 STACK = ((32, 32), (64, 16), (128, 8), (256, 4), (512, 2))  # channels, side of the map
 SIZES, COUNTS = (2, 4, 8, 16, 32), (4, 8, 16)
 WIDTHS, SIZE = (32, 64, 128, 256), 8
-EXAMPLES, EPOCHS, BATCH, RATE = 10_000, 6, 64, 3e-3
+EXAMPLES, EPOCHS, BATCH, RATE = 10_000, 8, 32, 3e-3
+SHIFT = 2  # pixels that a training image is moved by at most
 
 
 def reproduce(*, seed: int = 0, quick: bool = False) -> Claim:
@@ -139,7 +143,7 @@ def accuracies(seed: int) -> dict[str, float]:
         "count": lambda: mobile(WIDTHS, lambda m: m // SIZE),
     }
     data, test = cifar10().train(EXAMPLES), cifar10().test()
-    how = Training(EPOCHS, batch=BATCH, rate=RATE, cosine=True, seed=seed)
+    how = Training(EPOCHS, batch=BATCH, rate=RATE, warmup=1, cosine=True, seed=seed)
     found: dict[str, float] = {}
     work: dict[str, int] = {}
     for name, make in nets.items():
@@ -153,7 +157,20 @@ def accuracies(seed: int) -> dict[str, float]:
 
 
 def loss(model: nn.Module, x: Tensor, y: Tensor, at: Moment) -> Tensor:
-    """Cross-entropy on images that are turned left to right at random, half of them."""
+    """Cross-entropy on images turned left to right at random, half of them, and shifted."""
     flip = torch.rand(len(x), generator=at.generator) < 0.5
-    x = torch.where(flip.to(x.device)[:, None, None, None], x.flip(-1), x)
+    x = shifted(torch.where(flip.to(x.device)[:, None, None, None], x.flip(-1), x), at.generator)
     return F.cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), y)
+
+
+def shifted(x: Float[Tensor, "b c h w"], generator: torch.Generator) -> Float[Tensor, "b c h w"]:
+    """Each image moved by -`SHIFT` to `SHIFT` pixels along both axes at random, mirrored at its edges."""
+    height, width = x.shape[-2:]
+    wide = F.pad(x, (SHIFT,) * 4, mode="reflect")
+    by = torch.randint(0, 2 * SHIFT + 1, (len(x), 2, 1), generator=generator).to(x.device)
+    rows = by[:, 0] + torch.arange(height, device=x.device)
+    columns = by[:, 1] + torch.arange(width, device=x.device)
+    image, colour = (torch.arange(n, device=x.device) for n in x.shape[:2])
+    return wide[
+        image[:, None, None, None], colour[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+    ]

@@ -16,7 +16,8 @@ from torch import Tensor
 from netweight.verification import lines
 from netweight.verification.crown import Proof, intermediate, objective_rows
 from netweight.verification.problem import Problem
-from netweight.verification.walk import State, kind, lines_of, lowest, moving
+from netweight.verification.state import State, kind, lines_of, moving
+from netweight.verification.walk import lowest
 
 STEPS, RATE, DECAY = 14, 0.3, 0.9  # as far as 20 steps at 0.1, 0.98 get, in 0.7 of their time
 

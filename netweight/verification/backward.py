@@ -19,6 +19,7 @@ from torch.nn.functional import fold
 
 from netweight.core.graph import Node, call
 from netweight.verification.relax import Interval
+from netweight.verification.rows import inner, total
 
 FEW = 150  # coefficients of a row, up to which its convolution is cheaper as a product of matrices
 Params = Mapping[str, Any]
@@ -84,27 +85,40 @@ def back(node: Node, a: Tensor, p: Params) -> Back:
 
 def transposed(node: Node, a: Any, p: Params) -> Back:
     """The transpose of any affine operator; a holds rows by index where the node has several results."""
+    forward, zeros = _of_marked(node, p)
+    names = [name for name, value in p.items() if _marks(value, [])]
+    values, pull = torch.func.vjp(forward, *zeros)
+    if isinstance(a, Mapping):
+        lead = next(iter(a.values())).shape[:2]
+        a = tuple(a[i] if i in a else part.new_zeros(*lead, *part.shape) for i, part in enumerate(values))
+        bias = 0.0
+        found = torch.vmap(torch.vmap(lambda *parts: pull(parts)))(*a)
+    else:
+        lead = a.shape[:2]
+        bias = _against(a, values)
+        found = torch.vmap(torch.vmap(pull))(a)
+    coefficients = iter(found)
+    return {name: _replaced(p[name], coefficients, none=True) for name in names}, bias
+
+
+def at_zero(node: Node, p: Params) -> Tensor | tuple[Tensor, ...]:
+    """op(0) for one example: what an affine node adds; a tuple where it has several results."""
+    forward, zeros = _of_marked(node, p)
+    return forward(*zeros)
+
+
+def _of_marked(node: Node, p: Params) -> tuple[Callable[..., Any], list[Tensor]]:
+    """The node as a function of what is perturbed, for one example, and zeros for it."""
     marked: list[Interval] = []
-    names = [name for name, value in p.items() if _marks(value, marked)]
+    for value in p.values():
+        _marks(value, marked)
 
     def forward(*x: Tensor) -> Any:
         values = iter(x)
         found = call(node, {name: _replaced(value, values) for name, value in p.items()})
         return tuple(found) if isinstance(found, list) else found  # vjp tells them apart
 
-    zeros = [x.lower.new_zeros(_example_shape(node, x)) for x in marked]
-    at_zero, pull = torch.func.vjp(forward, *zeros)
-    if isinstance(a, Mapping):
-        lead = next(iter(a.values())).shape[:2]
-        a = tuple(a[i] if i in a else part.new_zeros(*lead, *part.shape) for i, part in enumerate(at_zero))
-        bias = 0.0
-        found = torch.vmap(torch.vmap(lambda *parts: pull(parts)))(*a)
-    else:
-        lead = a.shape[:2]
-        bias = torch.matmul(a.flatten(2), at_zero.reshape(-1))
-        found = torch.vmap(torch.vmap(pull))(a)
-    coefficients = iter(found)
-    return {name: _replaced(p[name], coefficients, none=True) for name in names}, bias
+    return forward, [x.lower.new_zeros(_example_shape(node, x)) for x in marked]
 
 
 def _example_shape(node: Node, x: Interval) -> Sequence[int]:
@@ -144,7 +158,7 @@ def summed_to(a: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _linear(node: Node, a: Tensor, p: Params) -> Back:
-    bias = 0.0 if p["bias"] is None else torch.matmul(a, p["bias"]).flatten(2).sum(2)
+    bias = 0.0 if p["bias"] is None else _against(a, p["bias"])
     return {"input": torch.matmul(a, p["weight"])}, bias
 
 
@@ -157,7 +171,7 @@ def _convolution(node: Node, a: Tensor, p: Params) -> Back:
         covered = [(n - 1) * s - 2 * q + d * (k - 1) + 1 for n, s, q, d, k in ends]
         padding = [full - part for full, part in zip(spatial, covered)]
     found = unconvolved(a.flatten(0, 2), p, p["padding"], padding)
-    bias = 0.0 if p["bias"] is None else torch.matmul(a.flatten(4).sum((2, 4)), p["bias"])
+    bias = 0.0 if p["bias"] is None else _against(a, p["bias"].reshape(-1, *[1] * len(spatial)))
     return {"input": found.reshape(*a.shape[:2], *like)}, bias
 
 
@@ -199,9 +213,9 @@ def _add(node: Node, a: Tensor, p: Params) -> Back:
 
 def _against(a: Tensor, value: Tensor | float) -> Tensor:
     """<a, value> for a constant that may be broadcast."""
-    if not isinstance(value, Tensor):
-        return a.flatten(2).sum(2) * value
-    return torch.matmul(a.flatten(2), value.expand(a.shape[2:]).reshape(-1))
+    if isinstance(value, Tensor):
+        return inner(a.flatten(2), value.expand(a.shape[2:]).reshape(1, 1, -1))
+    return total(a * value)
 
 
 def _mul(node: Node, a: Tensor, p: Params) -> Back:
@@ -295,7 +309,7 @@ def terms(node: Node, p: Params) -> int:
         return before + 16 if node.op == "aten.cumsum" else 16 * -(-before // after) + 64
     if node.op in BILINEAR:
         left = _ends(
-            next(p[name] for name in ("self", "mat1", "batch1") if name in p and p[name] is not None)
+            next(p[name] for name in ("mat1", "batch1", "self") if name in p and p[name] is not None)
         )
         return (left.shape[-1] if isinstance(left, Tensor) and left.ndim else 0) + 8
     return 16

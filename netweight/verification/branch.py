@@ -24,6 +24,7 @@ from netweight.core.graph import Graph
 from netweight.verification import counterexample, crown, walk
 from netweight.verification.counterexample import Search, Witness
 from netweight.verification.problem import ARITHMETICS, Problem, Region, pose
+from netweight.verification.state import State
 from netweight.verification.vnnlib import Case
 
 PACE = 2.0  # seconds that one batch of boxes may take
@@ -164,7 +165,7 @@ def posed(graph: Graph, boxes: Boxes, arithmetic: str) -> tuple[Problem, list[Te
     return problem, [region.lower.requires_grad_(), region.upper.requires_grad_()]
 
 
-def exceeded(problem: Problem, state: walk.State, rows: Tensor, limits: Tensor) -> Float[Tensor, "b d k"]:
+def exceeded(problem: Problem, state: State, rows: Tensor, limits: Tensor) -> Float[Tensor, "b d k"]:
     """By how much each row exceeds its limit at least; differentiable in the ends of the box."""
     found = walk.lowest(problem, state, crown.objective_rows(problem, rows.flatten(1, 2)))
     found = found.double().unflatten(1, rows.shape[1:3]) - limits

@@ -24,7 +24,8 @@ from netweight.verification import difference, ibp, lines
 from netweight.verification.problem import Problem
 from netweight.verification.relax import Interval
 from netweight.verification.rows import Unit, planar
-from netweight.verification.walk import BUDGET, State, kind, lowest
+from netweight.verification.state import State, kind
+from netweight.verification.walk import BUDGET, lowest
 
 DEEP = 2  # values tightened before, from which on rows are worth to be dropped on their way
 WINDOWS = 1024  # rows that start as windows; they go on in parts where they grow

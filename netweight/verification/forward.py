@@ -25,7 +25,7 @@ from netweight.verification import crown, ibp
 from netweight.verification.backward import MOVED, SUMMED
 from netweight.verification.problem import Problem, pose
 from netweight.verification.relax import Interval
-from netweight.verification.walk import State, kind, lines_of, moving, slack_of
+from netweight.verification.state import State, kind, lines_of, moving, slack_of
 
 LARGEST = 1 << 28  # numbers that the coefficients of one value may take
 OWN = 2.0**-40  # of the size of a sum: what the float64 of the proof is taken to lose (an estimate)

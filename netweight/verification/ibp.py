@@ -71,8 +71,12 @@ def bounded(problem: Problem, node: Node, p: Mapping[str, Any]) -> Any:
 def lost(problem: Problem, node: Node, p: Mapping[str, Any]) -> Tensor:
     """What the network's and the proof's arithmetic can lose at an affine node, elementwise `B *shape`."""
     count = terms(node, p)
-    size = bounded(problem, node, _each(p, lambda x: Interval(-x.size, x.size))).size
-    return problem.slack(count) * size + count * relax.TINY
+    return problem.slack(count) * mass(problem, node, p) + count * relax.TINY
+
+
+def mass(problem: Problem, node: Node, p: Mapping[str, Any]) -> Tensor:
+    """The size of what is added up in each element of a node: |W| |x| + |b|, `B *shape`."""
+    return bounded(problem, node, _each(p, lambda x: Interval(-x.size, x.size))).size
 
 
 # A batch at once: the operators that most networks consist of; None where the case is another ------------

@@ -29,6 +29,7 @@ from netweight.core.graph import Node
 from netweight.verification.backward import summed_to
 from netweight.verification.lines import Lines, lines
 from netweight.verification.relax import Interval
+from netweight.verification.rows import inner, total
 
 Params = Mapping[str, Any]
 Alpha = tuple[Tensor, Tensor] | None
@@ -41,13 +42,10 @@ def against(a: Tensor, values: Tensor) -> Tensor:
     """<a, values> for each row, where 0 times infinity is 0."""
     flat = a.reshape(*a.shape[:LEAD], -1)
     values = values.expand(*values.shape[:LEAD], *a.shape[LEAD:]).reshape(*values.shape[:LEAD], -1)
-    if values.shape[1] == 1:
-        found = torch.matmul(flat, values.transpose(1, 2)).squeeze(2)
-    else:
-        found = (flat * values).sum(LEAD)
+    found = inner(flat, values) if values.shape[1] == 1 else total(flat * values)
     if bool(found.isfinite().all()):
         return found
-    return torch.where(flat == 0, 0.0, flat * values).sum(LEAD)
+    return total(torch.where(flat == 0, 0.0, flat * values))
 
 
 def _barrier(unbounded: Tensor, like: Tensor) -> Tensor:

@@ -23,6 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import embedding, pad
 
+DIRECT = 512  # numbers that may be added up by a product of matrices, in any order; beyond that
+BLOCK = 64  # numbers are added up one after the other, before their sums are added in float64
+
 
 @dataclass(frozen=True, eq=False)
 class Unit:
@@ -184,7 +187,26 @@ def _taken(a: Tensor, order: Tensor) -> Tensor:
 def dot(rows: Window | Tensor, values: Tensor) -> Float[Tensor, "b s"]:
     """<a, values>: one `b *shape` for all rows of an example, or one for each row, `b s *shape`."""
     if isinstance(rows, Window):
-        return (rows.a * patches(values, rows)).flatten(2).sum(2)
-    if values.ndim == rows.ndim:
-        return (rows * values).flatten(2).sum(2)
-    return torch.matmul(rows.flatten(2), values.reshape(len(values), -1, 1)).squeeze(2)
+        return total(rows.a * patches(values, rows))
+    return total(rows * (values if values.ndim == rows.ndim else values.unsqueeze(1)))
+
+
+def inner(a: Float[Tensor, "b s n"], values: Float[Tensor, "b 1 n"]) -> Float[Tensor, "b s"]:
+    """<a, values>, off by gamma of DIRECT + 1 at most."""
+    if a.shape[2] <= DIRECT:
+        return torch.matmul(a, values.transpose(1, 2)).squeeze(2)
+    return total(a * values)
+
+
+def total(products: Float[Tensor, "b s ..."]) -> Float[Tensor, "b s"]:
+    """The sum over all axes but the first two, off by gamma_(BLOCK + 1) of the sizes however many there are.
+
+    In float32; in float64 a number more for each block. A sum in any order of the machine's choice would be
+    off by gamma_n, far too much for the constants of a large layer.
+    """
+    flat = products.flatten(2)
+    count = flat.shape[2]
+    if count <= BLOCK:
+        return flat.sum(2)
+    flat = pad(flat, (0, -count % BLOCK)) if count % BLOCK else flat
+    return flat.unflatten(2, (-1, BLOCK)).sum(3).sum(2, dtype=torch.float64).to(flat.dtype)

@@ -25,6 +25,7 @@ from netweight.verification import crown, lines, walk
 from netweight.verification.branch import Goals
 from netweight.verification.problem import Problem, Region, pose
 from netweight.verification.relax import Interval
+from netweight.verification.state import State, kind
 from netweight.verification.vnnlib import Case
 
 RATE, FADE = 0.1, 0.97  # of Adam, and by what it shrinks each step
@@ -52,7 +53,7 @@ class Root:
     """One case before any split: bounds of all values, and the elements that can be split."""
 
     problem: Problem
-    state: walk.State
+    state: State
     slots: tuple[Slot, ...]
 
     @cached_property
@@ -118,7 +119,7 @@ def root_of(graph: Graph, case: Case, arithmetic: str) -> Root:
     slots, start = [], 0
     for node in graph.nodes:
         names = [name for name in node.inputs if name in problem.nodes]
-        if walk.kind(problem, node) != "scalar":
+        if kind(problem, node) != "scalar":
             continue
         x = state.values[names[0]]
         open_ = (
@@ -143,7 +144,7 @@ class Posed:
     root: Root
     parts: Parts
     problem: Problem
-    state: walk.State
+    state: State
     rows: Float[Tensor, "b k out"]
     limits: Float[Tensor, "b k"]
 
@@ -173,7 +174,7 @@ class Posed:
             root,
             parts,
             problem,
-            walk.State(values),
+            State(values),
             goals.rows[0, parts.unsafe],
             goals.limits[0, parts.unsafe],
         )

@@ -12,9 +12,9 @@ for what the proof itself loses at that node (Higham 2002, section 3.1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,59 +22,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from netweight.core.graph import Node, Ref
-from netweight.verification import difference, ibp, lines, order, products, weights
-from netweight.verification.backward import back, is_affine, summed_to, terms
+from netweight.verification import lines, products
+from netweight.verification.backward import back, summed_to
 from netweight.verification.lines import Lines
-from netweight.verification.prepare import STAIRS
 from netweight.verification.problem import Problem
 from netweight.verification.products import through
-from netweight.verification.relax import ELEMENTARY, TINY, Interval
+from netweight.verification.relax import Interval
 from netweight.verification.rows import Rows, Unit, Window, added, dense, dot, patches, planar, take, windowed
-from netweight.verification.split import rounding
+from netweight.verification.state import RULES, State, kind, lines_of, moving, slack_of, summing
 from netweight.verification.windows import back_unit, back_window
 
 BUDGET = 8 * 2**20  # bytes of the rows at one value: larger ones leave the cache
 LARGE = 0.75  # of a plane: where a window is no longer cheaper than all coefficients
-RULES = {**products.RULES, **order.RULES, **weights.RULES, **difference.RULES}
-EXACT = frozenset(f"aten.{name}" for name in ["relu", "abs", "sign", "round", "floor", "ceil", "trunc"])
 Alphas = Mapping[str, tuple[Tensor, Tensor]]  # by the name of a relaxed node: choices in [0, 1], `b s *shape`
-
-
-@dataclass(eq=False)
-class State:
-    """Bounds of every value `B *shape`, which of them rows have tightened, and what follows from the bounds
-    when it is first asked for: the lines of each relaxed node and the slack of each that rounds.
-
-    rises: of a tightened value, where its row bounds alone reach farther up than down. The line below a ReLU
-    is chosen by it: with the choices of plain CROWN and tighter intervals, the bound is never looser than
-    CROWN's.
-    """
-
-    values: ibp.State
-    tight: set[str] = field(default_factory=set)
-    rises: dict[str, Tensor] = field(default_factory=dict)
-    lines: dict[str, Lines] = field(default_factory=dict)
-    sides: dict[str, tuple[lines.Side, lines.Side]] = field(default_factory=dict)
-    slack: dict[str, Tensor | None] = field(default_factory=dict)
-    centres: dict[str, Tensor] = field(default_factory=dict)
-
-
-def kind(problem: Problem, node: Node) -> str:
-    """input, affine, scalar (lines), planes, or cut (its interval is all that is used)."""
-    if node.op in ("input", "getitem"):
-        return "input" if node.op == "input" else "affine"
-    if not node.dtype.is_floating_point:
-        return "cut"
-    if is_affine(node, lambda name: name not in problem.constants):
-        return "affine"
-    if node.op in lines.SCALAR and len({name for name in node.inputs if name not in problem.constants}) == 1:
-        return "scalar"
-    return "planes" if node.op in RULES else "cut"
-
-
-def moving(problem: Problem, node: Node) -> list[str]:
-    """The values that a node reads and that are no constants."""
-    return [name for name in node.inputs if name not in problem.constants]
 
 
 def lowest(
@@ -159,7 +119,7 @@ class Walk:
                 found = region.lowest(dense(rows, node.shape, self.dtype), slack)
             self.bias = self.bias + found
         elif how == "cut":
-            self.bias = self.bias + _constant(self._own(self.state.values[node.name]), rows)
+            self.bias = self.bias + self._constant(node.name, rows)
         else:
             self._pay(node, rows)
             self._through[how](self, node, rows)
@@ -192,8 +152,17 @@ class Walk:
             self._arrive(node, {_param(node, name): rows.filled(a, True)}, bias)
         else:
             a, bias = through(dense(rows, node.shape, self.dtype), chosen)
+            if node.name in self.alphas and node.op != "aten.relu" and not self.problem.arithmetic.estimate:
+                bias = bias - self._more(chosen, name, dense(rows, node.shape, self.dtype))
             a = summed_to(a, self.problem.nodes[name].shape)
             self._arrive(node, {_param(node, name): a}, bias)
+
+    def _more(self, chosen: Lines, name: str, rows: Tensor) -> Tensor:
+        """What rounding can cost in lines that are not those which the slack of the node knows."""
+        x = self._own(self.state.values[name]).size.unsqueeze(1)
+        size = torch.maximum(chosen.lower_slope.abs(), chosen.upper_slope.abs()) * x
+        size = size + torch.maximum(chosen.lower.abs(), chosen.upper.abs())
+        return summing(self.problem, rows[0, 0].numel()) * products.against(rows.abs(), size)
 
     def _lines(self, node: Node, name: str) -> Lines:
         """The lines of the node for these rows, one axis for rows in them."""
@@ -258,8 +227,14 @@ class Walk:
         """The bound that follows from the intervals at which the rows stand."""
         found = self.bias
         for name, rows in self.rows.items():
-            found = found + _constant(self._own(self.state.values[name]), rows)
+            found = found + self._constant(name, rows)
         return found
+
+    def _constant(self, name: str, rows: Any) -> Tensor:
+        """The least that the rows can be over the interval of a value."""
+        count = math.prod(self.problem.nodes[name].shape)
+        lost = 0.0 if self.problem.arithmetic.estimate else summing(self.problem, count)
+        return _constant(self._own(self.state.values[name]), rows, lost)
 
     def pieces(self) -> int:
         """In how many parts the rows should go on: windows grow on their way."""
@@ -336,12 +311,14 @@ def _each(found: Lines, f: Any) -> Lines:
     return Lines(*(None if part is None else f(part) for part in parts))
 
 
-def _constant(x: Any, rows: Any) -> Tensor:
-    """min <a, value> over the interval (of truth values: 0 or 1)."""
+def _constant(x: Any, rows: Any, lost: float) -> Tensor:
+    """min <a, value> over the interval (of truth values: 0 or 1), which is `lost` of its size wider."""
     if isinstance(rows, dict):
-        return sum(_constant(x[i], part) for i, part in rows.items())
+        return sum(_constant(x[i], part, lost) for i, part in rows.items())
     if not x.lower.is_floating_point():
         x = Interval(x.lower.float(), x.upper.float())
+    if lost:
+        x = Interval(x.lower - lost * x.lower.abs(), x.upper + lost * x.upper.abs())
     if isinstance(rows, Unit):
         lower, upper = (end.flatten(1).gather(1, rows.index) for end in (x.lower, x.upper))
         return torch.where(rows.sign > 0, lower, -upper)
@@ -350,42 +327,3 @@ def _constant(x: Any, rows: Any) -> Tensor:
         rows, lower, upper = rows.a, patches(x.lower, rows), patches(x.upper, rows)
     positive = rows.clamp(min=0)
     return products.against(positive, lower) + products.against(rows - positive, upper)
-
-
-# What belongs to a node, found once ----------------------------------------------------------------------
-
-
-def lines_of(problem: Problem, state: State, node: Node) -> Lines:
-    """The lines of a relaxed node, `B *shape`."""
-    if node.name not in state.lines:
-        p, name = problem.params(node, state.values), moving(problem, node)[0]
-        rises = state.rises.get(name) if node.op == "aten.relu" else None
-        alpha = None if rises is None else (rises.to(problem.arithmetic.dtype),) * 2
-        state.lines[node.name] = lines.lines(node, p, state.values[name], alpha)
-    return state.lines[node.name]
-
-
-def slack_of(problem: Problem, state: State, node: Node) -> Tensor | None:
-    """What the network's and the proof's arithmetic may lose at a node, elementwise `B *shape`."""
-    if node.name not in state.slack:
-        state.slack[node.name] = _slack(problem, state, node)
-    return state.slack[node.name]
-
-
-def _slack(problem: Problem, state: State, node: Node) -> Tensor | None:
-    how, arithmetic = kind(problem, node), problem.arithmetic
-    if how == "affine":
-        p = problem.params(node, state.values)
-        if node.op == "netweight.rounded":
-            return rounding(node, p, arithmetic.unit).to(arithmetic.dtype) if arithmetic.unit else None
-        exact = node.op == "getitem" or not terms(node, p)
-        return None if exact else ibp.lost(problem, node, p)
-    size = state.values[node.name].size
-    if how == "planes":
-        return problem.slack(64) * size
-    x, chosen = state.values[moving(problem, node)[0]], lines_of(problem, state, node)
-    reach = torch.maximum(chosen.lower_slope.abs(), chosen.upper_slope.abs()) * x.size
-    for intercept in (chosen.lower, chosen.upper):
-        reach = reach if intercept is None else torch.maximum(reach, reach + intercept.abs())
-    rough = 0 if node.op in EXACT or node.op in STAIRS else ELEMENTARY
-    return rough * arithmetic.unit * size + 8 * arithmetic.own * reach + 8 * TINY

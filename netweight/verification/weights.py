@@ -39,6 +39,7 @@ from netweight.core.graph import Graph, Node, Ref, call
 from netweight.core.perturbation import L2, Box, Perturbation, Rounding, WeightLinf
 from netweight.verification.backward import back
 from netweight.verification.relax import Interval
+from netweight.verification.rows import total
 
 LAYERS = ("aten.linear", "aten.convolution")
 MOVED = "netweight.moved"
@@ -131,13 +132,13 @@ def rows(
         return {}, -p["eps"] * _length(p, a, x)
     if point:
         reach = _gradient(p, a, x.lower).abs()
-        return {}, -(reach * p["weight"]).flatten(2).sum(2)
+        return {}, -total(reach * p["weight"])
     width = x.upper - x.lower
     wide = width > 0
     slope = torch.where(wide, x.upper.abs() - x.lower.abs(), 0.0) / torch.where(wide, width, 1.0)
     rest = x.lower.abs() - slope * x.lower
     found = back(p["layer"], a.abs(), {**p, "input": x})[0]["input"]
-    bias = torch.matmul(found.flatten(2), rest.flatten(1).unsqueeze(2)).squeeze(2)
+    bias = total(found * rest.unsqueeze(1))
     return {"input": -found * slope.unsqueeze(1)}, -bias
 
 

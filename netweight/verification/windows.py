@@ -15,7 +15,7 @@ from torch import Tensor
 from netweight.core.graph import Node
 from netweight.verification.backward import norm_lines, unconvolved
 from netweight.verification.relax import Interval
-from netweight.verification.rows import Unit, Window, cleaned, planar, spotted
+from netweight.verification.rows import Unit, Window, cleaned, planar, spotted, total
 
 Params = Mapping[str, Any]
 
@@ -70,7 +70,7 @@ def back_window(node: Node, rows: Window, p: Params) -> tuple[dict[str, Any], Te
         case "aten.convolution" if not p["transposed"] and planar(node.shape):
             clean = cleaned(rows, node.shape)
             a = unconvolved(clean.a.flatten(0, 1), p, [0, 0], [0, 0])
-            bias = 0.0 if p["bias"] is None else torch.matmul(clean.a.sum((3, 4)), p["bias"])
+            bias = 0.0 if p["bias"] is None else total(clean.a * p["bias"][:, None, None])
             a = a.unflatten(0, rows.a.shape[:2])
             return {"input": clean.moved(a, p["stride"], [-q for q in p["padding"]])}, bias
         case "aten.add" | "aten.sub" | "aten.mul" | "aten.div" if _per_channel(node, p) is not None:
@@ -78,7 +78,7 @@ def back_window(node: Node, rows: Window, p: Params) -> tuple[dict[str, Any], Te
             if node.op in ("aten.mul", "aten.div"):
                 by = value if node.op == "aten.mul" else 1 / value
                 return {"self": clean.filled(clean.a * by[:, None, None], True)}, 0.0
-            bias = torch.matmul(clean.a.sum((3, 4)), value)
+            bias = total(clean.a * value[:, None, None])
             return {"self": clean}, bias if node.op == "aten.add" else -bias
         case "aten.add" | "aten.sub":
             like = torch.Size(node.shape)
@@ -88,7 +88,7 @@ def back_window(node: Node, rows: Window, p: Params) -> tuple[dict[str, Any], Te
                 return {"self": rows, "other": other}, 0.0
         case "aten.batch_norm" | "aten._native_batch_norm_legit_no_training":
             clean, (slope, shift) = cleaned(rows, node.shape), norm_lines(p)
-            bias = torch.matmul(clean.a.sum((3, 4)), shift)
+            bias = total(clean.a * shift[:, None, None])
             return {"input": clean.filled(clean.a * slope[:, None, None], True)}, bias
         case "aten.slice" if p["dim"] in (2, 3) and planar(node.shape):
             return {"self": _spread(cleaned(rows, node.shape), p)}, 0.0
@@ -98,7 +98,7 @@ def back_window(node: Node, rows: Window, p: Params) -> tuple[dict[str, Any], Te
             bias = 0.0
             if p["value"]:
                 outer = torch.cat([clean.a[:, :, :front], clean.a[:, :, channels - behind :]], 2)
-                bias = outer.flatten(2).sum(2) * p["value"]
+                bias = total(outer * p["value"])
             return {"self": clean.filled(clean.a[:, :, front : channels - behind], True)}, bias
     return None
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from netweight.core import knapsack
+from netweight.core import catalogue, knapsack
 from netweight.core.errors import BadInput, ImpossibleBudget
-from netweight.core.plan import Budget, Option, Plan, allocate
+from netweight.core.plan import Budget, KnowsBits, Option, PlacesBits, Plan, allocate
 
 NUMBERS = st.integers(0, 12)  # small whole numbers make ties and exact fits
 
@@ -308,3 +308,13 @@ def test_plans_are_the_same_every_time_and_large_ones_take_a_moment():
     first = knapsack.solve(values, costs, ceilings)
     assert time.perf_counter() - start < 5  # 0.2 s where nothing else runs
     assert knapsack.solve(values, costs, ceilings) == first
+
+
+def test_settings_that_share_out_bits_or_count_their_own_are_told_apart():
+    made = {s.slug: catalogue.settings(s.slug)() for s in catalogue.SYSTEMS if s.settings}
+    assert "hawq-v3" in {slug for slug, settings in made.items() if isinstance(settings, PlacesBits)}
+    assert "jlcm" in {slug for slug, settings in made.items() if isinstance(settings, KnowsBits)}
+    assert not isinstance(made["awq"], PlacesBits | KnowsBits)
+    assert made["jlcm"].stored_bits((8, 16)) > 0
+    small = made["hawq-v3"].within(Budget(size=1000), 64.0)
+    assert type(small) is type(made["hawq-v3"]) and (small.size, small.beside) == (1000, 64.0)

@@ -31,11 +31,21 @@ def test_the_loss_turns_half_of_the_images():
             seen.append(x)
             return torch.zeros(len(x), 10)
 
-    x = torch.arange(4.0).expand(400, 1, 1, 4)
+    x = torch.arange(8.0).expand(400, 1, 8, 8)  # rises from left to right
     e2gc.loss(Net(), x, torch.zeros(400, dtype=torch.long), Moment(0, 0, 1, torch.Generator().manual_seed(0)))
-    turned = (seen[0][:, 0, 0, 0] == 3).float().mean()
-    assert 0.4 < turned < 0.6
-    assert torch.equal(seen[0].sort(-1).values, x)
+    rise = seen[0][:, 0, 4, 4] - seen[0][:, 0, 4, 3]
+    assert set(rise.tolist()) == {-1.0, 1.0}
+    assert 0.4 < (rise < 0).float().mean() < 0.6
+
+
+def test_images_are_shifted_by_every_step_and_no_other():
+    x = torch.rand(600, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = e2gc.shifted(x, torch.Generator().manual_seed(1))
+    wide = nn.functional.pad(x, (2,) * 4, mode="reflect")
+    steps = [(i, j) for i in range(5) for j in range(5)]
+    equal = torch.stack([(wide[:, :, i : i + 8, j : j + 8] == found).flatten(1).all(1) for i, j in steps])
+    assert (equal.sum(0) == 1).all()
+    assert (equal.sum(1) > 5).all()
 
 
 def test_the_trained_nets_have_the_same_macs():
