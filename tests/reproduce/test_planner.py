@@ -13,7 +13,7 @@ def test_quick():
     assert bar.passed and bar.measured > 0.5, claim.figures
     (rows,) = claim.figures["digits"].values()
     assert rows["ratio"] == pytest.approx(rows["test"][rows["chosen"]] / rows["test"][rows["best single"]])
-    assert rows["calibration"][rows["chosen"]] == min(rows["calibration"].values())
+    assert {*rows["calibration"]} <= {*rows["test"]} and rows["chosen"] in rows["calibration"]
     assert catalogue.find(rows["best single"]).settings and rows["bits per weight"] <= 3
 
 
