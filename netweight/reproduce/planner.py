@@ -7,8 +7,8 @@ among all of them on the calibration data. The distortion that is compared is me
 that none of them saw: E KL(softmax f | softmax f'). Seeds draw the calibration examples.
 
 Methods that learn or treat the network as a whole take minutes each: they are run with seed 0 alone, for the
-first budget of each network but ResNet-32; with the other seeds and there `auto` is compared with the methods that it mixes. How well
-each measure of distortion ranks random plans is `netweight bench distortion`.
+first budget of each network but ResNet-32; everywhere else `auto` is compared with the methods that it mixes.
+How well each measure of distortion ranks random plans is `netweight bench distortion`.
 """
 
 from __future__ import annotations
