@@ -23,7 +23,8 @@ from netweight.core.perturbation import Perturbation, Rounding
 from netweight.core.plan import Budget
 from netweight.core.result import Evidence
 from netweight.core.task import Task
-from netweight.evidence import average, cost, found, possible
+from netweight.core.widths import of_one_width
+from netweight.evidence import average, cost, found, possible, widths
 from netweight.evidence.sensitivity import Distortion
 from netweight.nn.kernels import applies
 from netweight.nn.layers import PackedLayer
@@ -81,6 +82,8 @@ def compare(
     assert isinstance(twin, nn.Module)
     measured = average.measure(original, twin, task)
     evidence = Evidence(rows=list(measured.rows), flipped=measured.flipped, context=context(task, within))
+    if packed:
+        evidence.rows += widths.rows(original, packed, task)
     if within is None:
         evidence.notes.append("No set was given (--within), so nothing was attacked and nothing proven.")
     elif isinstance(within, Rounding):
@@ -170,6 +173,26 @@ def write(
         evidence.save(beside)
         io.write_bytes(beside / "report.html", page.encode())
     Work.done(out)
+
+
+def record_widths(folder: Path, original: nn.Module | None, small: Compressed, task: Task) -> None:
+    """Measure a network at every bit width it was trained for; evidence.json and report.html hold the rows.
+
+    Rows of other quantities that the folder has stay. Raises `DoesNotFit` where there is nothing to measure.
+    """
+    from netweight.report import html
+
+    rows = widths.rows(original, small, task)
+    if not rows:
+        raise DoesNotFit(f"{task.test.name}: widths are measured on labels; give data with labels")
+    file, evidence = folder / "evidence.json", Evidence([], context=context(task, None))
+    if file.exists():
+        evidence = Evidence.from_json(io.read_json(file, "the evidence of a compressed network"))
+    kept = [row for row in evidence.rows if not of_one_width(row.quantity)]
+    evidence.rows = kept + rows
+    page = html.render(evidence, small.plan, [], [])
+    evidence.save(folder)
+    io.write_bytes(folder / "report.html", page.encode())
 
 
 def load(folder: str | Path, like: nn.Module | None = None) -> Compressed:

@@ -14,6 +14,7 @@ BENCHES = {
     "distortion": "netweight.bench.distortion:bench",
     "run": "netweight.bench.run:bench",
     "stream": "netweight.bench.stream:bench",
+    "train": "netweight.bench.train:bench",
     "verify": "netweight.bench.verify:bench",
     "vnncomp": "netweight.bench.vnncomp:bench",
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from netweight.cli import common
+from netweight.core import catalogue
 from netweight.core.errors import BadInput
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def compress(
     from netweight.planning import float_bytes
     from netweight.report import table
 
+    if method != "auto" and catalogue.find(method).room == "training":
+        raise BadInput(f"{method} trains the network; use netweight train --method {method}")
     if stream:
         return block_by_block(model, data, Budget.parse(budget), method, out, resume, json)
     ceilings, inside = Budget.parse(budget), common.perturbation(within)

@@ -18,6 +18,7 @@ from netweight.cli.methods import methods
 from netweight.cli.plan import plan
 from netweight.cli.reproduce import reproduce
 from netweight.cli.schedule import schedule
+from netweight.cli.switch import switch
 from netweight.cli.train import train
 from netweight.cli.verify import verify
 
@@ -29,7 +30,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 COMMANDS = (
-    compress, plan, compare, verify, attack, inspect, train, export, schedule, methods, reproduce, bench,
+    compress, plan, compare, verify, attack, inspect, train, switch, export, schedule, methods,
+    reproduce, bench,
 )  # fmt: skip
 for function in COMMANDS:
     app.command(function.__name__)(command(function))

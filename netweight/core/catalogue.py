@@ -203,12 +203,56 @@ SYSTEMS = (
         "training", reproduction=_RRCM, tags=("inputs", "proof", "statistical"),
     ),
     System(
+        "weight-compander", "Weight Compander: A Simple Weight Reparameterization for Regularization",
+        "IJCNN", 2023, "training", "netweight.training.weight_compander:weight_compander",
+        "netweight.reproduce.weight_compander", "netweight.training.weight_compander:WeightCompander",
+        ("weights", "regularization"),
+    ),
+    System(
+        "double-rounding", "Nearly Lossless Adaptive Bit Switching", "arXiv", 2025, "training",
+        "netweight.training.double_rounding:double_rounding", "netweight.reproduce.double_rounding",
+        "netweight.training.double_rounding:DoubleRounding",
+        ("weights", "activations", "grid", "mixed precision", "switchable"),
+    ),
+    System(
+        "guided-self-distillation", "Even your Teacher Needs Guidance: Ground-Truth Targets Dampen "
+        "Regularization Imposed by Self-Distillation", "NeurIPS", 2021, "training",
+        "netweight.training.guided_self_distillation:guided_self_distillation",
+        "netweight.reproduce.guided_self_distillation",
+        "netweight.training.guided_self_distillation:GuidedSelfDistillation", ("labels", "distillation"),
+    ),
+    System(
+        "powernorm", "PowerNorm: Rethinking Batch Normalization in Transformers", "ICML", 2020, "training",
+        "netweight.training.powernorm:powernorm", "netweight.reproduce.powernorm",
+        "netweight.training.powernorm:PowerNorms", ("norms", "transformer"),
+    ),
+    System(
         "e2gc", "E2GC: one group size for all group convolutions", "VLSID", 2020, "inspection",
         "netweight.inspection.e2gc:e2gc", "netweight.reproduce.e2gc", tags=("energy", "convolution"),
     ),
     System(
         "cosma", "COSMA: order, addresses and replacement in a small memory", "arXiv", 2023, "deployment",
         "netweight.deployment.scratchpad.cosma:cosma", "netweight.reproduce.cosma", tags=("memory", "exact"),
+    ),
+    System(
+        "quantized-distillation", "Model compression via distillation and quantization", "ICLR", 2018,
+        "training", "netweight.training.quantized_distillation:quantized_distillation",
+        "netweight.reproduce.quantized_distillation",
+        "netweight.training.quantized_distillation:QuantizedDistillation",
+        ("weights", "buckets", "distillation"),
+    ),
+    System(
+        "differentiable-quantization", "Points of quantization that are trained while weights stay", "ICLR",
+        2018, "training", "netweight.training.differentiable_quantization:differentiable_quantization",
+        "netweight.reproduce.quantized_distillation",
+        "netweight.training.differentiable_quantization:DifferentiableQuantization",
+        ("weights", "buckets", "distillation"),
+    ),
+    System(
+        "mixture-growth", "MixtureGrowth: Growing Neural Networks by Recombining Learned Parameters", "WACV",
+        2024, "training", "netweight.training.mixture_growth:mixture_growth",
+        "netweight.reproduce.mixture_growth", "netweight.training.mixture_growth:MixtureGrowth",
+        ("growth", "templates"),
     ),
 )  # fmt: skip
 

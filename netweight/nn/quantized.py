@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from netweight.core.compressed import WEIGHTED, Change, Packed, replace
 from netweight.core.errors import DoesNotFit
 from netweight.core.grid import Grid, in_groups, storable
+from netweight.nn.buckets import InBuckets, OnPoints
 from netweight.nn.codebook import Codebook
 from netweight.nn.fake import StaticRounding
 from netweight.nn.layers import run
@@ -31,7 +32,7 @@ TREATED = (*WEIGHTED, nn.Embedding)
 class Roundings:
     """What rounds the weight and the input of a layer, None for nothing."""
 
-    weight: Learnt | FromMean | None = None
+    weight: Learnt | FromMean | InBuckets | OnPoints | None = None
     input: Learnt | None = None
 
 
@@ -111,8 +112,10 @@ def finished(model: nn.Module) -> tuple[nn.Module, Change]:
 
 
 @torch.no_grad()
-def pack(weight: Tensor, rounding: Learnt | FromMean) -> Packed:
+def pack(weight: Tensor, rounding: Learnt | FromMean | InBuckets | OnPoints) -> Packed:
     """The rounded weight as it is stored: codes on a grid where 0 is a level, else places in a table."""
+    if isinstance(rounding, InBuckets | OnPoints):
+        return rounding.stored(weight)
     levels, step = rounding.levels, rounding.size(weight)
     found, rows = codes(weight, step, levels) - levels.low, step.numel() > 1
     if not levels.half and levels.low <= 0 and levels.bits <= 8:

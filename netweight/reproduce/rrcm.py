@@ -30,6 +30,7 @@ from netweight.core.task import Data, outputs
 from netweight.data import digits
 from netweight.data.augment import View, view
 from netweight.models.noise_level import SIGMA_DATA, ResidualMLP
+from netweight.training.chance import own_chance
 from netweight.training.consistency import (
     LOWEST,
     RHO,
@@ -40,7 +41,6 @@ from netweight.training.consistency import (
     rise_and_fall,
     symmetric,
 )
-from netweight.training.chance import own_chance
 from netweight.verification.smoothing import ABSTAINED, Smoothed, average_radius, curve, smooth
 
 SIGMA = 0.5

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from netweight.core.errors import BadInput
 from netweight.core.io import existing_file, write_bytes
 from netweight.core.task import Data
+from netweight.training import distributed
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,11 @@ def fingerprint(model: nn.Module, data: Data, settings: object, about: str) -> s
 def store(path: Path, what: str, run: Running) -> None:
     """Write the state of a run and of torch's own chance."""
     state: dict[str, Any] = {"what": what, "losses": run.losses, "generator": run.generator.get_state()}
-    state.update(model=run.model.state_dict(), optimizer=run.optimizer.state_dict())
+    state.update(
+        distributed.whole({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()})
+    )
+    if not distributed.first():
+        return
     state.update(scaler=run.scaler.state_dict(), method=run.state.state_dict() if run.state else {})
     state["chance"] = [torch.get_rng_state(), *_cuda_chance()]
     content = io.BytesIO()
@@ -82,8 +87,7 @@ def restore(path: Path, what: str, run: Running) -> None:
         raise BadInput(
             f"{path}: the checkpoint is of other weights, data or settings; train without --resume"
         )
-    run.model.load_state_dict(state["model"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    distributed.fill(run.model, run.optimizer, state)
     run.scaler.load_state_dict(state["scaler"])
     if run.state is not None:
         run.state.load_state_dict(state["method"])

@@ -11,12 +11,11 @@ paper adds as `Hooks`. One step is
 Everything random comes from `seed`: the order of the examples, what a loss draws from `at.generator`, and
 torch's own state (dropout), which is set inside and put back afterwards. A run that was killed at any moment
 goes on from its last checkpoint and ends with the same numbers, bit for bit, on the same machine with the
-same number of threads.
+same number of threads. Over several processes (`torchrun`) see `distributed`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,16 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from netweight.core.errors import BadInput, NetweightError
+from netweight.core.errors import BadInput
 from netweight.core.progress import doing
 from netweight.core.task import Data
+from netweight.training import distributed, gradients
 from netweight.training.chance import own_chance
 from netweight.training.checkpoint import Checkpoint, Running, fingerprint, restore, store
+from netweight.training.gradients import Diverged as Diverged
 from netweight.training.settings import OPTIMIZERS, Training, rate_at
-
-
-class Diverged(NetweightError):
-    """The loss or its gradient is not finite; the model holds the weights of the last good step."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,8 @@ class Hooks:
         to the gradients and returns the detached loss; a method that needs a second one calls it again.
     before: (run, at), when the gradients are there. after: (run, at), when the optimizer has moved.
     state: a module whose buffers are what a method remembers from step to step; kept in checkpoints.
+
+    The network is always taken from `run.model` or the argument: over several processes it may be a copy.
     """
 
     groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None
@@ -70,6 +69,11 @@ class Hooks:
     before: Callable[[Running, Moment], None] | None = None
     after: Callable[[Running, Moment], None] | None = None
     state: nn.Module | None = None
+
+    @property
+    def edit(self) -> bool:
+        """Whether gradients or weights are edited, so that they have to be whole."""
+        return (self.passes or self.before or self.after) is not None
 
 
 def train(
@@ -93,19 +97,25 @@ def train(
         raise BadInput(f"{type(model).__name__}: it has no parameters to train; give a network that has")
     device, order = parameters[0].device, hooks.order or shuffled(len(data), how.batch)
     steps = len(order(torch.Generator().manual_seed(how.seed)))
-    run = begin(model, parameters, how, hooks)
     what = fingerprint(model, data, how, keep.about) if keep else ""
-    with own_chance(how.seed, device), doing("Training", how.epochs * steps) as advance:
+    with (
+        distributed.spread(model, edited=hooks.edit, precision=how.precision) as network,
+        own_chance(how.seed, device),
+        doing("Training", how.epochs * steps) as advance,
+    ):
+        run = begin(network, how, hooks)
         if keep and keep.resume and keep.path.exists():
             restore(keep.path, what, run)
             advance(len(run.losses) * steps)
         for epoch in range(len(run.losses), how.epochs):
             total = examples = 0.0
-            model.train()
+            network.train()
             for index, rows in enumerate(order(run.generator)):
-                at = Moment(epoch * steps + index, epoch, steps, run.generator)
-                x, y = data.x[rows].to(device), data.y[rows].to(device)
-                total += step(run, partial(loss, model, x, y, at), how, hooks, at) * len(rows)
+                now = epoch * steps + index
+                at = Moment(now, epoch, steps, distributed.chance(run.generator, how.seed, now))
+                own, counts = distributed.share(rows)
+                x, y = data.x[own].to(device), data.y[own].to(device)
+                total += step(run, partial(loss, network, x, y, at), how, hooks, at, counts) * len(rows)
                 examples += len(rows)
                 advance()
             run.losses.append(total / examples)
@@ -120,16 +130,20 @@ def shuffled(count: int, batch: int) -> Callable[[torch.Generator], Sequence[Ten
     return lambda generator: torch.randperm(count, generator=generator).split(batch)
 
 
-def begin(model: nn.Module, parameters: list[nn.Parameter], how: Training, hooks: Hooks) -> Running:
+def begin(model: nn.Module, how: Training, hooks: Hooks) -> Running:
     """The state of a training before its first step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = hooks.groups(model) if hooks.groups else [{"params": parameters}]
     optimizer = OPTIMIZERS[how.optimizer]([{"factor": 1.0, **group} for group in groups], how)
+    distributed.settle(optimizer, model)
     scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=how.precision == "float16")
     return Running(model, optimizer, torch.Generator().manual_seed(how.seed), [], scaler, hooks.state)
 
 
-def step(run: Running, value: Callable[[], Tensor], how: Training, hooks: Hooks, at: Moment) -> float:
-    """One step of the optimizer; the loss. Raises `Diverged`."""
+def step(
+    run: Running, value: Callable[[], Tensor], how: Training, hooks: Hooks, at: Moment, counts: float
+) -> float:
+    """One step of the optimizer; the loss. counts: the weight of this process's. Raises `Diverged`."""
     for group in run.optimizer.param_groups:
         group["lr"] = rate_at(at.step / at.steps, how) * group["factor"]
     device = next(run.model.parameters()).device.type
@@ -137,39 +151,19 @@ def step(run: Running, value: Callable[[], Tensor], how: Training, hooks: Hooks,
 
     def once() -> Tensor:
         with torch.autocast(device, dtype, enabled=low):
-            found = value()
+            found = gradients.of_many(value) * counts
         run.scaler.scale(found).backward()
-        return found.detach()
+        return distributed.averaged(found.detach(), run.model)
 
     run.optimizer.zero_grad(set_to_none=True)
     found = hooks.passes(run, once, at) if hooks.passes else once()
     run.scaler.unscale_(run.optimizer)
     if hooks.before is not None:
         hooks.before(run, at)
-    clip_or_stop(run, found, how, at)
+    gradients.clip_or_stop(run, found, how, f"epoch {at.epoch + 1}, step {at.step + 1}")
     run.scaler.step(run.optimizer)
     run.scaler.update()
     if hooks.after is not None:
         with torch.no_grad():
             hooks.after(run, at)
     return found.item()
-
-
-def clip_or_stop(run: Running, value: Tensor, how: Training, at: Moment) -> None:
-    """Clip the gradients; raises `Diverged` where they or the loss are not finite.
-
-    In float16 a gradient that is not finite is no failure: its step is left out and the loss scaled less.
-    """
-    parameters = [(name, p) for name, p in run.model.named_parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for _, p in parameters])
-    scaled = run.scaler.is_enabled() and math.isfinite(value.item())
-    if not scaled and not (math.isfinite(value.item()) and math.isfinite(norm.item())):
-        broken = next((name for name, p in parameters if not p.grad.isfinite().all()), None)
-        where = f", first at {broken}" if broken else ""
-        raise Diverged(
-            f"training diverged in epoch {at.epoch + 1}, step {at.step + 1}: the loss is {value.item():g}, "
-            f"the norm of its gradient {norm.item():g}{where}; lower the rate ({how.rate:g}) or clip the "
-            "gradient; a checkpoint of the last whole epoch is left as it is"
-        )
-    if how.clip is not None:
-        nn.utils.clip_grads_with_norm_([p for _, p in parameters], how.clip, norm)
