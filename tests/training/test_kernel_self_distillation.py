@@ -114,6 +114,9 @@ def test_guided_steps_never_raise_the_error_on_what_guides_them():
     errors = [float((predicted(spec, cross, mixed(b, w)) - truth).square().sum()) for b, w in pairs]
     assert all(errors[0] >= later - 1e-12 for later in errors)
     assert errors[1] < errors[0]
+    u = predicted(spec, cross, torch.ones(9).double())
+    for raw, before in zip(chain.raw[1:], chain.shrinkages[1:]):
+        assert raw == pytest.approx(best_weight(truth, u, predicted(spec, cross, before)), rel=1e-9)
     b = shrinkages(spec.shrinkage, chain.weights)
     assert all(torch.allclose(x, y) for x, y in zip(b, chain.shrinkages, strict=True))
 
@@ -122,6 +125,7 @@ def test_a_kernel_without_an_inverse_is_no_trouble():
     x = torch.zeros(4, 1)
     spec = spectrum(gaussian(x, x, 1.0), torch.ones(4), 0.5)
     assert torch.allclose(fitted(spec, spec.shrinkage), torch.full((4,), 4 / 4.5).double())
+    assert (spec.values >= 0).all()  # rounding makes some of them negative
 
 
 def test_bad_input():
