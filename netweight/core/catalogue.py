@@ -209,6 +209,13 @@ SYSTEMS = (
         ("weights", "regularization"),
     ),
     System(
+        "mixed-precision-energy", "Improve Machine Learning carbon footprint using Nvidia GPU and Mixed "
+        "Precision training", "arXiv", 2024, "training",
+        "netweight.training.mixed_precision_energy:mixed_precision_energy",
+        "netweight.reproduce.mixed_precision_energy",
+        "netweight.training.mixed_precision_energy:MixedPrecisionEnergy", ("energy", "precision"),
+    ),
+    System(
         "double-rounding", "Nearly Lossless Adaptive Bit Switching", "arXiv", 2025, "training",
         "netweight.training.double_rounding:double_rounding", "netweight.reproduce.double_rounding",
         "netweight.training.double_rounding:DoubleRounding",
@@ -253,6 +260,11 @@ SYSTEMS = (
         2024, "training", "netweight.training.mixture_growth:mixture_growth",
         "netweight.reproduce.mixture_growth", "netweight.training.mixture_growth:MixtureGrowth",
         ("growth", "templates"),
+    ),
+    System(
+        "gaqat", "GAQAT: Gradient-adaptive Quantization-aware Training for Domain Generalization", "arXiv",
+        2024, "training", "netweight.training.gaqat:gaqat", "netweight.reproduce.gaqat",
+        "netweight.training.gaqat:GAQAT", ("weights", "activations", "grid", "domains", "sharpness"),
     ),
 )  # fmt: skip
 

@@ -125,7 +125,7 @@ class Buckets:
 # The equations -------------------------------------------------------------------------------------------
 
 
-def in_buckets(weight: Float[Tensor, "..."], bucket: int) -> Float[Tensor, "buckets of"]:
+def in_buckets(weight: Float[Tensor, ...], bucket: int) -> Float[Tensor, "buckets of"]:
     """One row for each bucket; the last is filled up with the last value, which moves no end of it."""
     flat = weight.reshape(-1)
     size = min(bucket or flat.numel(), flat.numel())
@@ -135,7 +135,7 @@ def in_buckets(weight: Float[Tensor, "..."], bucket: int) -> Float[Tensor, "buck
     )
 
 
-def scaled(weight: Float[Tensor, "..."], bucket: int) -> tuple[Tensor, Tensor, Tensor]:
+def scaled(weight: Float[Tensor, ...], bucket: int) -> tuple[Tensor, Tensor, Tensor]:
     """(u, alpha, beta): every weight within its bucket (float64, flat), width and least value of each."""
     w = weight.detach()
     rows = in_buckets(w.float(), bucket)
@@ -234,8 +234,9 @@ class InBuckets(nn.Module):
 class OnPoints(nn.Module):
     """Puts a weight that stays as it is on points that are learnt.
 
-    dL/dp_j = sum over a(i) = j of alpha dL/dw'_i. points: as many as given, first at the quantiles of the weight scaled in its buckets, or equally far
-    apart. They have to be in order (`sort`) whenever the optimizer has moved them.
+    dL/dp_j = sum over a(i) = j of alpha dL/dw'_i. points: as many as given, first at the quantiles of the
+    weight scaled in its buckets, or equally far apart. They have to be put in order (`sort`) whenever the
+    optimizer has moved them.
     """
 
     def __init__(self, weight: Tensor, points: int, bucket: int, quantiles: bool = True) -> None:

@@ -46,12 +46,12 @@ from netweight.training.mixture_growth import (
 
 PICTURES, WIDTH, NOISE = 4000, 16, 0.01
 HOW = Training(8, batch=128, rate=0.1, optimizer="sgd", decay=5e-4, cosine=True, warmup=2)
-AFTER = MixtureGrowth(epochs=3, share=0.3)
-QUICK, NARROW = replace(HOW, epochs=7), 8
+AFTER = MixtureGrowth(epochs=3, share=0.45)
+QUICK, NARROW = replace(HOW, epochs=7, batch=32), 8
 
 
 def reproduce(*, seed: int = 0, quick: bool = False) -> Claim:
-    """The bars of one seed; quick: the digits, 7 epochs a member, and whether the members' logits are added."""
+    """The bars of one seed; quick: the digits, and whether the logits of the members are added."""
     if quick:
         return quick_claim(seed)
     data, test = halved(cifar10().train(PICTURES)), halved(cifar10().test())

@@ -180,28 +180,8 @@ def train_member(
     net: nn.Module, data: Data, how: Training, member: int, *, keep: Checkpoint | None = None
 ) -> tuple[float, ...]:
     """Train one member in place: its templates, coefficients, biases and norms, nothing of the other's."""
-    use(net, member)
-    its = {id(p) for p in own(net, member)}
-    frozen = [p for p in net.parameters() if p.requires_grad and id(p) not in its]
-    for p in frozen:
-        p.requires_grad_(False)
-    try:
-        return train(net, data, loss, how, hooks=Hooks(groups=groups), keep=keep)
-    finally:
-        for p in frozen:
-            p.requires_grad_(True)
-
-
-def own(net: nn.Module, member: int) -> list[nn.Parameter]:
-    """The parameters that a member computes with."""
-    found: list[nn.Parameter] = []
-    for layer in net.modules():
-        if isinstance(layer, Mixed):
-            found += [layer.templates[member], layer.coefficients[member]]
-            found += [layer.biases[member]] if len(layer.biases) else []
-        elif isinstance(layer, SwitchNorm):
-            found += layer.norms[str(member)].parameters()
-    return found
+    use(net, member)  # what does not compute gets no gradient, and so no step and no decay either
+    return train(net, data, loss, how, hooks=Hooks(groups=groups), keep=keep)
 
 
 def groups(net: nn.Module) -> list[dict[str, Any]]:

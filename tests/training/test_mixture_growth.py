@@ -94,7 +94,6 @@ def test_training_member_1_leaves_member_0_as_it_is():
     assert torch.equal(outputs(net, data), before)
     moved = {name for name, t in net.state_dict().items() if not torch.equal(t, state[name])}
     assert moved and all(".1" in name for name in moved)  # templates.1, coefficients.1, biases.1, norms.1
-    assert all(p.requires_grad for p in net.parameters())
 
 
 def test_new_coefficients_are_not_trained_before_growth_and_are_after():
@@ -155,10 +154,13 @@ def test_the_result_is_an_ordinary_network_of_full_width():
 def test_the_schedule_after_growth_is_its_own(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        method, "train", lambda net, data, loss, how, **rest: seen.append((how.epochs, how.rate)) or ()
+        method,
+        "train",
+        lambda net, data, loss, how, **rest: seen.append((how.epochs, how.rate, how.warmup)) or (),
     )
-    mixture_growth(tiny_model(), tiny_task(), HOW, MixtureGrowth(epochs=7, share=0.1))
-    assert seen == [(2, 0.05), (2, 0.05), (7, pytest.approx(0.005))]
+    how = Training(2, rate=0.05, warmup=1.0)
+    mixture_growth(tiny_model(), tiny_task(), how, MixtureGrowth(epochs=7, share=0.1))
+    assert seen == [(2, 0.05, 1), (2, 0.05, 1), (7, pytest.approx(0.005), 0)]
 
 
 def test_the_same_seed_gives_the_same_network_and_another_does_not():

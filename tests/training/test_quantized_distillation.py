@@ -112,6 +112,26 @@ def test_points_are_trained_and_weights_are_not():
         assert not torch.equal(found.model[place].running_mean, model[place].running_mean)
 
 
+def test_points_that_pass_each_other_are_put_in_order():
+    wild = Training(3, batch=8, rate=0.3, optimizer="sgd")
+    found = differentiable_quantization(tiny_model(), tiny_task(), wild, DifferentiableQuantization(8))
+    assert all((form.points.diff() >= 0).all() for form in found.change.packed.values())
+
+
+def test_where_points_begin_and_random_rounding_are_settings():
+    still = Training(1, batch=8, rate=1e-30, optimizer="sgd")
+    settings = DifferentiableQuantization(5, quantiles=False)
+    form = differentiable_quantization(tiny_model(), tiny_task(), still, settings).change.packed["9"]
+    assert form.points.tolist() == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    losses = [
+        quantized_distillation(
+            tiny_model(), tiny_task(), HOW, QuantizedDistillation(2, stochastic=how)
+        ).losses
+        for how in (False, True, True)
+    ]
+    assert losses[0] != losses[1] == losses[2]
+
+
 def test_training_the_points_lowers_the_loss():
     settings = DifferentiableQuantization(3, bucket=0, soft=1.0)  # 0 where the points lose nothing
     trained, still = (
