@@ -46,6 +46,7 @@ DISTORTIONS = ("output", "kl", "network", "curvature")
 GRID_SETTINGS = ("bits", "symmetric", "group")
 FEW = 8  # settings of one method that are priced without asking which are promising
 CLEARLY = 0.8
+POSITIONS = 1024  # of outputs, tokens of a text: enough to tell layers apart
 REFERENCES = 2  # options of a method on a layer whose divergence is measured
 LEAST = 0.03
 FLOAT_BITS = 32  # what an activation counts in bit operations while it is not rounded
@@ -77,13 +78,13 @@ def options(
 ) -> list[Option]:
     """Every candidate on every layer that it fits, and "keep"; costs are counted on the packed weight.
 
-    examples: calibration examples that "kl", "network" and "curvature" run on. timed: with a "latency" cost.
+    examples: calibration examples that "kl", "network" and "curvature" run on at most. timed: with a "latency" cost.
     A candidate that does not fit a layer is no option there. The model and the test data are not touched.
     """
     if distortion not in DISTORTIONS:
         raise unknown("distortion", distortion, DISTORTIONS)
     _moments_of_all(model, task.calibration, layers)
-    price = _pricing(model, task.calibration.take(examples), layers, distortion)
+    price = _pricing(model, few(model, task.calibration, examples), layers, distortion)
     inputs = _first_inputs(model, task.calibration, layers) if timed else {}
     found: list[Option] = []
     for layer in steps(layers, "Pricing the options of each layer"):
@@ -101,6 +102,12 @@ def options(
             found.append(Option(layer, candidate.slug, dataclasses.asdict(candidate.settings), cost, value))
         found.append(plain)
     return found
+
+
+def few(model: nn.Module, data: Data, examples: int) -> Data:
+    """The first examples; of texts as many as have `POSITIONS` tokens."""
+    positions = outputs(model, data.take(1))[0, ..., 0].numel()
+    return data.take(min(examples, -(-POSITIONS // positions)))
 
 
 def _pricing(

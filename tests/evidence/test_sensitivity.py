@@ -13,7 +13,9 @@ from netweight.core.curvature import traces
 from netweight.core.errors import BadInput
 from netweight.core.plan import Plan
 from netweight.core.task import Data, Task, outputs
+from netweight.evidence import sensitivity
 from netweight.evidence.sensitivity import Candidate, options
+from netweight.testing import tiny_language_model, tiny_text_task
 
 CANDIDATES = [Candidate("rtn", rtn, RTN(bits=b)) for b in (2, 4, 8)]
 
@@ -129,3 +131,13 @@ def test_a_candidate_that_does_not_fit_is_no_option_and_unknown_measures_are_ref
     assert [(o.layer, o.method) for o in found] == [("0", "keep"), ("2", "nm-magnitude"), ("2", "keep")]
     with pytest.raises(BadInput, match="did you mean 'network'"):
         options(model, task, ["0"], CANDIDATES, distortion="netwrk")
+
+
+def test_texts_are_priced_on_few_tokens(monkeypatch):
+    model, data = tiny_language_model(), tiny_text_task().calibration
+    tokens = data.x.shape[1]
+    assert len(sensitivity.few(model, data, 4)) == 4
+    monkeypatch.setattr(sensitivity, "POSITIONS", 3 * tokens - 1)
+    assert len(sensitivity.few(model, data, 4)) == 3
+    images = Data(torch.rand(8, 6))
+    assert len(sensitivity.few(nn.Linear(6, 3), images, 5)) == 5
