@@ -78,7 +78,8 @@ def options(
 ) -> list[Option]:
     """Every candidate on every layer that it fits, and "keep"; costs are counted on the packed weight.
 
-    examples: calibration examples that "kl", "network" and "curvature" run on at most. timed: with a "latency" cost.
+    examples: calibration examples that "kl", "network" and "curvature" run on at most. timed: with a
+    "latency" cost.
     A candidate that does not fit a layer is no option there. The model and the test data are not touched.
     """
     if distortion not in DISTORTIONS:
