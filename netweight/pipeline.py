@@ -24,7 +24,7 @@ from netweight.core.plan import Budget
 from netweight.core.result import Evidence
 from netweight.core.task import Task
 from netweight.core.widths import of_one_width
-from netweight.evidence import average, cost, found, possible, widths
+from netweight.evidence import average, cost, energy, found, possible, widths
 from netweight.evidence.sensitivity import Distortion
 from netweight.nn.kernels import applies
 from netweight.nn.layers import PackedLayer
@@ -100,7 +100,9 @@ def compare(
         possible.check(attacked, proven)
         evidence.rows += [*attacked.rows, *proven.rows]
         evidence.context["disagreements"] = attacked.disagreements
-    evidence.rows += cost.rows(original, small.model if packed else twin, task, packed)
+    runs = small.model if packed else twin
+    evidence.rows += cost.rows(original, runs, task, packed)
+    evidence.rows.append(energy.row(original, runs, task.test.x[:1]))
     if packed:
         evidence.layers = layer_table(original, packed)
         evidence.notes.append(how_it_runs(packed.model))

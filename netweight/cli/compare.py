@@ -27,6 +27,7 @@ def compare(
 ) -> None:
     """Show what turning ORIGINAL into SMALLER did."""
     from netweight import pipeline
+    from netweight.evidence import energy
     from netweight.report import table
 
     inside = common.perturbation(within)
@@ -35,6 +36,7 @@ def compare(
         after = common.packed(smaller, before)
         task = common.open_task(data, before, metric)
         found = pipeline.compare(before, after, task, within=inside, thorough=thorough, seed=seed)
+        found.rows += energy.training_rows(original, smaller)
         if out is not None:
             from netweight.core import io
             from netweight.report import html

@@ -75,7 +75,7 @@ def train(
     """Train MODEL by a method of training; every other command takes the folder that comes out."""
     from netweight import pipeline
     from netweight.core import io
-    from netweight.evidence import widths
+    from netweight.evidence import energy, widths
     from netweight.training import distributed
     from netweight.training.chance import restarted
     from netweight.training.checkpoint import Checkpoint
@@ -91,9 +91,10 @@ def train(
         network, _ = common.open_model(model)
         task = training_task(data, network)
         start = restarted(network, seed) if fresh else network
-        small, said = job(start.to(place.device), task, keep)
+        small, said, took = metered(job, start.to(place.device), task, keep)
         if place.first:
             small.save(out)
+            io.write_json(out / energy.FILE, {"method": method, "energy": said["energy"]})
             keep.path.unlink(missing_ok=True)
             if widths.trained(small):
                 pipeline.record_widths(out, network, small, task)
@@ -101,7 +102,22 @@ def train(
         examples = len(task.train or task.calibration)
         content = {"out": str(out), "method": method, "examples": examples, "epochs": len(said["losses"])}
         content |= {"last_loss": said["losses"][-1], "processes": place.count, **said}
-        common.answer(content, lambda: common.lines(content), as_json=json)
+        common.answer(content, lambda: common.lines({**content, "energy": took}), as_json=json)
+
+
+def metered(
+    job: Job, network: nn.Module, task: Task, keep: Checkpoint
+) -> tuple[Compressed, dict[str, Any], str]:
+    """What the job gives, the energy of all its processes with it, and that energy in a few words."""
+    from netweight.inspection import meters
+    from netweight.training import distributed
+
+    resumed = keep.resume and keep.path.exists()
+    with meters.Meter(next((p.device for p in network.parameters()), None)) as meter:
+        small, said = job(network, task, keep)
+    took = meters.together(distributed.gathered(meter.energy))
+    spent = took.told() | {"of": "the part since it was resumed" if resumed else "the whole run"}
+    return small, said | {"energy": spent}, took.line()
 
 
 def checked(method: str, out: Path | None, **only_certified: str | None) -> Path:

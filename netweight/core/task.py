@@ -29,6 +29,7 @@ class Data:
     batch: examples per batch; the last batch may be smaller.
     low, high: the range that a valid input lies in (0 and 1 for images), None where there is none.
     memo: room for what is computed once per data set (see `core.moments.grams`); never part of equality.
+    domain: `b` whole numbers that say which domain an example is of (see `data.domains`), or None.
     """
 
     x: Tensor
@@ -39,6 +40,7 @@ class Data:
     low: float | None = None
     high: float | None = None
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+    domain: Tensor | None = None
 
     def __post_init__(self) -> None:
         if len(self.x) == 0:
@@ -46,6 +48,13 @@ class Data:
         if self.y is not None and len(self.y) != len(self.x):
             raise BadInput(
                 f"{self.name}: {len(self.x)} examples but {len(self.y)} labels; give one label each"
+            )
+        if self.domain is not None and (
+            self.domain.shape != (len(self.x),) or self.domain.is_floating_point()
+        ):
+            raise BadInput(
+                f"{self.name}: domains of shape {tuple(self.domain.shape)} and {self.domain.dtype} for "
+                f"{len(self.x)} examples; give one whole number or name each"
             )
         if self.batch < 1:
             raise BadInput(f"{self.name}: a batch needs at least one example, got batch={self.batch}")
@@ -67,7 +76,8 @@ class Data:
 
     def rows(self, which: Tensor | slice) -> Data:
         """Those examples, in that order."""
-        return replace(self, x=self.x[which], y=None if self.y is None else self.y[which], memo={})
+        y, domain = (None if each is None else each[which] for each in (self.y, self.domain))
+        return replace(self, x=self.x[which], y=y, domain=domain, memo={})
 
     def batched(self, batch: int) -> Data:
         """The same examples in batches of another size."""

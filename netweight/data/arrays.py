@@ -82,8 +82,9 @@ def load(path: str | Path, seed: int = 0) -> Split:
     """The parts of a .npz file of examples.
 
     x, y: examples and labels, split by the seed; or x_calibration, x_test, x_train (and y_...) as they are.
+    domain: where it is there, the domain of each example, a whole number or a name.
     """
-    arrays = read_arrays(path, [f"{axis}{suffix}" for suffix in PARTS for axis in "xy"])
+    arrays = read_arrays(path, [f"{axis}{suffix}" for suffix in PARTS for axis in ("x", "y", "domain")])
     found = {suffix: _data(arrays, suffix, Path(path)) for suffix in PARTS if f"x{suffix}" in arrays}
     if not found:
         raise BadInput(f"{path}: there is no array x; write it with numpy.savez(x=..., y=...)")
@@ -110,11 +111,13 @@ def _data(arrays: dict[str, np.ndarray], suffix: str, path: Path) -> Data:
             f"{path}: x{suffix} has shape {x.shape} of {x.dtype}; give numbers, one row per example"
         )
     labels, classes = (None, ()) if y is None else labels_of(y, f"{path}: y{suffix}")
+    domain = arrays.get(f"domain{suffix}")
+    domain = None if domain is None else labels_of(domain, f"{path}: domain{suffix}")[0]
     name = f"{path.name}{suffix and f' ({suffix[1:]})'}"
     if x.dtype.kind in "iu" and y is not None and x.ndim == 2 and x.shape == y.shape and y.dtype.kind in "iu":
-        return Data(torch.from_numpy(x.astype(np.int64)), labels, batch=16, name=name)
+        return Data(torch.from_numpy(x.astype(np.int64)), labels, batch=16, name=name, domain=domain)
     values, low, high = values_of(x)
-    return Data(values, labels, name=name, classes=classes, low=low, high=high)
+    return Data(values, labels, name=name, classes=classes, low=low, high=high, domain=domain)
 
 
 def values_of(x: np.ndarray) -> tuple[Tensor, float | None, float | None]:

@@ -55,13 +55,15 @@ def plan(chosen: Plan) -> Table:
 
 
 def catalogue(lines: Sequence[Mapping[str, Any]]) -> Table:
-    """Room by room: slug, title, where it was published and the state of its reproduction."""
-    table = _table("method", "title", "published", "reproduction")
+    """Room by room: slug, title, where it was published, how many bars of its reproduction are reached."""
+    table = _table("method", "title", "published", "reached")
+    table.columns[0].min_width = max((len(line["slug"]) for line in lines), default=0)
     for room in dict.fromkeys(line["room"] for line in lines):
         table.add_section()
         table.add_row(Text(f"{room}/", style="bold"))
         for line in (line for line in lines if line["room"] == room):
-            cells = (line["slug"], line["title"], f"{line['venue']} {line['year']}", line["state"])
+            state = line["state"].removesuffix(" bars reached")
+            cells = (line["slug"], line["title"], f"{line['venue']} {line['year']}", state)
             table.add_row(*(Text(str(cell)) for cell in cells))
     return table
 

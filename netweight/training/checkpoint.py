@@ -53,7 +53,7 @@ class Running:
 def fingerprint(model: nn.Module, data: Data, settings: object, about: str) -> str:
     """sha256 of what has to be the same for a training to go on: settings, first weights, examples."""
     seen = hashlib.sha256(repr((settings, about)).encode())
-    labels = [] if data.y is None else [data.y]
+    labels = [each for each in (data.y, data.domain) if each is not None]
     for tensor in (*model.state_dict().values(), data.x, *labels):
         seen.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
         seen.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -75,15 +75,21 @@ def store(path: Path, what: str, run: Running) -> None:
     write_bytes(path, content.getvalue())
 
 
-def restore(path: Path, what: str, run: Running) -> None:
-    """Put a state back into the run. Raises `BadInput` where it is damaged or of another training."""
+def read(path: Path) -> dict[str, Any]:
+    """The state in a file; its "what" is the fingerprint. Raises `BadInput` where it is damaged."""
     content = io.BytesIO(existing_file(path, "a checkpoint").read_bytes())
     try:
         state = torch.load(content, map_location="cpu", weights_only=True)
-        kept = state["what"]
+        state["what"]
     except Exception as error:  # a damaged file makes it raise anything
         raise BadInput(f"{path}: not a whole checkpoint of a training; train without --resume") from error
-    if kept != what:
+    return state
+
+
+def restore(path: Path, what: str, run: Running) -> None:
+    """Put a state back into the run. Raises `BadInput` where it is damaged or of another training."""
+    state = read(path)
+    if state["what"] != what:
         raise BadInput(
             f"{path}: the checkpoint is of other weights, data or settings; train without --resume"
         )

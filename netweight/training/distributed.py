@@ -84,6 +84,15 @@ def first() -> bool:
     return count() == 1 or dist.get_rank() == 0
 
 
+def gathered(value: Any) -> list[Any]:
+    """The value of each process, in order of rank; all processes have to ask."""
+    if count() == 1:
+        return [value]
+    found: list[Any] = [None] * count()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def share(rows: Tensor) -> tuple[Tensor, float]:
     """This process's rows of a step, and what its loss counts; all rows where there are fewer than processes.
 

@@ -5,7 +5,8 @@ import time
 import pytest
 
 from netweight.core.errors import BadInput
-from netweight.inspection.energy import Counter, counters, energy
+from netweight.inspection.counters import Counter, counters
+from netweight.inspection.energy import energy
 
 
 def busy(seconds: float):
@@ -50,7 +51,7 @@ def test_counters_are_read_and_begin_anew(tmp_path):
 
     found = energy({"use": use}, runs=3, meters=[counter])["use"]
     assert found.joules == pytest.approx(300e-6)
-    assert "RAPL of 1 packages" in found.how
+    assert "RAPL of 1 counters" in found.how
     assert counters(tmp_path / "nowhere") == ()
 
 

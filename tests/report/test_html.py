@@ -158,9 +158,9 @@ def test_inputs_found_by_attack_are_shown_beside_where_they_came_from():
     assert "disagreements" not in page
 
 
-def test_the_plans_that_were_tried_are_listed_the_best_one_first():
+def test_the_plans_that_were_tried_are_listed_the_kept_one_first():
     option = Option("0", "rtn", {}, {"bits": 8.0, "weights": 2.0}, 0.5)
-    plan = Plan({"0": option}, tried={"<b>mixed": 0.002, "gptq, after awq": 0.001})
+    plan = Plan({"0": option}, tried={"gptq, after awq": 0.002, "<b>mixed": 0.001})
     page = html.render(Evidence([]), plan, [], [])
     assert "2 plans were carried out" in page
     assert page.index("gptq, after awq") < page.index("&lt;b&gt;mixed") and "<b>mixed" not in page

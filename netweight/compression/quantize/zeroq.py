@@ -129,7 +129,7 @@ def distilled(model: nn.Module, like: Data, settings: ZeroQ) -> Data:
         if like.low is not None or like.high is not None
         else torch.cat(parts)
     )
-    return replace(like, x=x.cpu(), y=None, batch=BATCH, name="made of batch norms", memo={})
+    return replace(like, x=x.cpu(), y=None, domain=None, batch=BATCH, name="made of batch norms", memo={})
 
 
 def units(net: nn.Module, like: Data) -> tuple[Tensor, Tensor]:
