@@ -95,7 +95,7 @@ def train(
         if place.first:
             small.save(out)
             io.write_json(out / energy.FILE, {"method": method, "energy": said["energy"]})
-            keep.path.unlink(missing_ok=True)
+            keep.forget()
             if widths.trained(small):
                 pipeline.record_widths(out, network, small, task)
     if place.first:

@@ -9,9 +9,10 @@ fingerprint of what the numbers depend on; it is read without unpickling anythin
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ class Checkpoint:
     resume: bool = False
     about: str = ""
     every: int = 1
+
+    def part(self, name: str) -> Checkpoint:
+        """One of its own, beside it, for each of several trainings of a method."""
+        path = self.path.with_name(f"{self.path.name}.part-{name}")
+        return replace(self, path=path, about=f"{self.about} part {name}")
+
+    def forget(self) -> None:
+        """Remove what lies there, its parts included."""
+        for path in (self.path, *self.path.parent.glob(f"{glob.escape(self.path.name)}.part-*")):
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, eq=False)

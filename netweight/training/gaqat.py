@@ -32,7 +32,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -46,7 +45,7 @@ from netweight.nn.switchable import look
 from netweight.training.checkpoint import Checkpoint, Running
 from netweight.training.loop import Hooks, Moment, Training, train
 from netweight.training.sam import add, all_weights, both, check
-from netweight.training.trained import Trained, about, labelled
+from netweight.training.trained import Trained, about, labelled, loss
 
 
 @dataclass(frozen=True)
@@ -103,11 +102,6 @@ def gaqat(
     losses = train(network, data, loss, how, hooks=hooks, keep=about(keep, "gaqat", settings))
     plain, change = finished(network)
     return Trained(plain, change, losses, watch.notes())
-
-
-def loss(model: nn.Module, x: Tensor, y: Tensor, at: Moment) -> Tensor:
-    """The cross-entropy, of logits `b classes` or `b t classes`."""
-    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
 # The rounded network --------------------------------------------------------------------------------------

@@ -123,17 +123,19 @@ def distilled(
         now = replace(how, seed=how.seed + number)
         if number == 0:
             truth = one_hot(data, classes_of(model, data))
-            found.append(Step(*fitted(model, data, truth, now, settings.penalty, stage(keep, "1"))))
+            found.append(Step(*fitted(model, data, truth, now, settings.penalty, keep and keep.part("1"))))
             continue
         before, label = found[-1].model, str(number + 1)
         raw, trainings = settings.weight, 1
         if raw is None:
             if held is None:
                 raise DoesNotFit(f"{data.name}: the weight is estimated on held-out examples; give some")
-            alone = again(model, data, before, 0.0, now, settings.penalty, stage(keep, f"{label}-alone"))
+            alone = again(
+                model, data, before, 0.0, now, settings.penalty, keep and keep.part(f"{label}-alone")
+            )
             raw, trainings = estimated(found[0].model, alone[0], held), 2
         weight = clipped(raw)
-        last = again(model, data, before, weight, now, settings.penalty, stage(keep, label))
+        last = again(model, data, before, weight, now, settings.penalty, keep and keep.part(label))
         found.append(Step(*last, weight, raw, trainings))
     return found
 
@@ -217,11 +219,3 @@ def parted(data: Data, share: float, seed: int) -> tuple[Data, Data]:
             "or the weight"
         )
     return data.rows(order[count:].sort().values), data.rows(order[:count].sort().values)
-
-
-def stage(keep: Checkpoint | None, name: str) -> Checkpoint | None:
-    """A checkpoint of its own for one of several trainings, beside the path given."""
-    if keep is None:
-        return None
-    path = keep.path.with_name(f"{keep.path.stem}-{name}{keep.path.suffix}")
-    return replace(keep, path=path, about=f"{keep.about} training {name}")

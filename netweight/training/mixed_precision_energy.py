@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from netweight.core.errors import BadInput, DoesNotFit, unknown
@@ -41,7 +40,7 @@ from netweight.training import distributed
 from netweight.training.checkpoint import Checkpoint, Running, fingerprint, read
 from netweight.training.loop import Hooks, Moment, Training, train
 from netweight.training.settings import PRECISIONS
-from netweight.training.trained import Trained, about, labelled
+from netweight.training.trained import Trained, about, labelled, loss
 
 FULL = PRECISIONS[0]
 
@@ -127,12 +126,6 @@ def mixed_precision_energy(
     told = meter.energy.told(intensity=settings.intensity, pue=settings.pue)
     notes |= {"precision": chosen, "energy": told, "hardware": hardware(device)}
     return Trained(network, losses=losses, notes=notes)
-
-
-def loss(model: nn.Module, x: Tensor, y: Tensor, at: Moment) -> Tensor:
-    """The cross-entropy in float32, of logits `b classes` or `b t classes`."""
-    z = model(x).float()
-    return F.cross_entropy(z.flatten(0, -2), y.flatten())
 
 
 def saves(found: Trial, level: float) -> bool:

@@ -24,8 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from netweight.core.compressed import WEIGHTED
 from netweight.core.compressed import replace as put
@@ -34,8 +33,8 @@ from netweight.core.task import Data, Task, outputs
 from netweight.nn.mixture import GROWTHS, Bank, Halves, Mixed
 from netweight.nn.switch_norm import BATCH_NORMS, SwitchNorm
 from netweight.training.checkpoint import Checkpoint
-from netweight.training.loop import Hooks, Moment, Training, train
-from netweight.training.trained import Trained, about, labelled
+from netweight.training.loop import Hooks, Training, train
+from netweight.training.trained import Trained, about, labelled, loss
 
 MEMBERS = 2
 
@@ -82,19 +81,14 @@ def mixture_growth(
     net = templates_of(model, data, settings, how.seed)
     keep, losses = about(keep, "mixture-growth", settings), ()
     for member in range(MEMBERS):
-        losses += train_member(net, data, how, member, keep=_phase(keep, f"member-{member}"))
+        losses += train_member(net, data, how, member, keep=keep and keep.part(f"member-{member}"))
     grow(net, settings, how.seed)
-    losses += train_grown(net, data, how, settings, keep=_phase(keep, "grown"))
+    losses += train_grown(net, data, how, settings, keep=keep and keep.part("grown"))
     stored = sum(p.numel() for p in net.parameters())
     plain = folded(net)
     return Trained(plain, losses=losses, notes={
         "parameters while training": stored, "parameters": sum(p.numel() for p in plain.parameters()),
     })  # fmt: skip
-
-
-def _phase(keep: Checkpoint | None, name: str) -> Checkpoint | None:
-    """The checkpoint of one part of the training, beside the others."""
-    return keep and replace(keep, path=keep.path.with_name(f"{keep.path.name}.{name}"))
 
 
 # The network of templates --------------------------------------------------------------------------------
@@ -169,11 +163,6 @@ def use(net: nn.Module, member: int) -> None:
 
 
 # Training and growth -------------------------------------------------------------------------------------
-
-
-def loss(model: nn.Module, x: Tensor, y: Tensor, at: Moment) -> Tensor:
-    """Cross-entropy."""
-    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
 
 
 def train_member(

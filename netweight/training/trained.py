@@ -14,13 +14,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from netweight.core.compressed import Change, Compressed, assemble
 from netweight.core.errors import DoesNotFit
 from netweight.core.plan import Plan
 from netweight.core.task import Data, Task
 from netweight.training.checkpoint import Checkpoint
+from netweight.training.loop import Moment
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,8 @@ def labelled(task: Task) -> Data:
 def about(keep: Checkpoint | None, method: str, settings: object) -> Checkpoint | None:
     """The checkpoint of this method with these settings: another method's is refused."""
     return keep and dataclasses.replace(keep, about=f"{keep.about} {method} {settings}")
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor, at: Moment) -> Tensor:
+    """What most methods train on: the cross-entropy in float32, of logits `b classes` or `b t classes`."""
+    return F.cross_entropy(model(x).float().flatten(0, -2), y.flatten())

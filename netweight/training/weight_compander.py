@@ -28,7 +28,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -38,8 +37,8 @@ from netweight.core.errors import BadInput, DoesNotFit
 from netweight.core.task import Task
 from netweight.nn.quantizer import scaled_gradient
 from netweight.training.checkpoint import Checkpoint
-from netweight.training.loop import Hooks, Moment, Training, train
-from netweight.training.trained import Trained, about, labelled
+from netweight.training.loop import Hooks, Training, train
+from netweight.training.trained import Trained, about, labelled, loss
 
 FURTHEST = 1.4  # |w / a| at the start; pi / 2 is the bound
 
@@ -81,12 +80,6 @@ def weight_compander(
     losses = train(network, data, loss, how, hooks=hooks, keep=about(keep, "weight-compander", settings))
     scales = {name: [c.a.item(), c.b.item()] for name, c in companders(network).items()}
     return Trained(folded(network), losses=losses, notes={"a_and_b": scales})
-
-
-def loss(model: nn.Module, x: Tensor, y: Tensor, at: Moment) -> Tensor:
-    """The cross-entropy, of logits `b classes` or `b t classes`."""
-    z = model(x)
-    return F.cross_entropy(z.flatten(0, -2), y.flatten())
 
 
 class Compander(nn.Module):

@@ -404,3 +404,15 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_layer(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
     with pytest.raises(BadInput, match="of other weights"):  # whole, but of another first network
         train(model, examples(), squares, Training(epochs=4, batch=16), keep=Checkpoint(place, resume=True))
+
+
+def test_parts_of_a_training_are_forgotten_with_it_and_nothing_else(tmp_path):
+    keep = Checkpoint(tmp_path / "net[1].training", about="settings")
+    parts = [keep, keep.part("first"), keep.part("second")]
+    assert len({part.path for part in parts}) == len({part.about for part in parts}) == 3
+    others = [tmp_path / "net[1].training.txt", tmp_path / "net1.training.part-first"]
+    for path in (*(part.path for part in parts), *others):
+        path.write_text("x")
+    keep.forget()
+    keep.forget()
+    assert {*tmp_path.iterdir()} == {*others}
