@@ -7,9 +7,6 @@
 Where the joules come from is in `counters`. Watts are joules a second: power may stay as it is while energy
 halves with the time. Carbon is joules / 3.6e6 * PUE * g/kWh (PUE: what the building uses for each joule that
 its computers use).
-
-codecarbon and zeus meter too. codecarbon asks the network where it runs and samples every 15 s by default;
-zeus has no model of a CPU without counters. Neither is needed here.
 """
 
 from __future__ import annotations
