@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from netweight import pipeline
@@ -212,17 +213,17 @@ def test_a_stopped_run_goes_on_in_its_precision_to_the_same_numbers(tmp_path, mo
     settings, place = MixedPrecisionEnergy(repeats=3), tmp_path / "run.pt"
     taking(monkeypatch, float32=2.0, bfloat16=joules)
     whole = mixed_precision_energy(network(), task(), HOW, settings)
-    real, calls = module.F.cross_entropy, iter(range(100))
+    real, calls = F.cross_entropy, iter(range(100))
 
     def stops(z, y):
         if next(calls) == 7:
             raise KeyboardInterrupt
         return real(z, y)
 
-    monkeypatch.setattr(module.F, "cross_entropy", stops)
+    monkeypatch.setattr(F, "cross_entropy", stops)
     with pytest.raises(KeyboardInterrupt):
         mixed_precision_energy(network(), task(), HOW, settings, keep=Checkpoint(place))
-    monkeypatch.setattr(module.F, "cross_entropy", real)
+    monkeypatch.setattr(F, "cross_entropy", real)
     seen = taking(monkeypatch, float32=1.0, bfloat16=3.0 - joules / 2)  # a trial would say otherwise
     again = mixed_precision_energy(network(), task(), HOW, settings, keep=Checkpoint(place, True))
     assert again.losses == whole.losses and again.notes["precision"] == whole.notes["precision"]
