@@ -19,7 +19,7 @@ from netweight import auto
 from netweight.core import io
 from netweight.core.compressed import Compressed, assemble, weight_of
 from netweight.core.errors import DoesNotFit
-from netweight.core.perturbation import Perturbation, Rounding
+from netweight.core.perturbation import Perturbation, Rounding, over_the_range
 from netweight.core.plan import Budget
 from netweight.core.result import Evidence
 from netweight.core.task import Task
@@ -99,6 +99,9 @@ def compare(
         proven = possible.measure(original, twin, task, within, thorough=thorough)
         possible.check(attacked, proven)
         evidence.rows += [*attacked.rows, *proven.rows]
+        evidence.notes.append(found.verdict(evidence["change under attack"]))
+        if over := over_the_range(within, task.test.low, task.test.high):
+            evidence.notes.append(over)
         evidence.context["disagreements"] = attacked.disagreements
     runs = small.model if packed else twin
     evidence.rows += cost.rows(original, runs, task, packed)

@@ -16,12 +16,13 @@ class.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Num
 from torch import Tensor, nn
 
 from netweight.core.ascent import ascend
 from netweight.core.errors import DoesNotFit
 from netweight.core.perturbation import Found, Perturbation
+from netweight.core.victim import margin, victim
 
 
 def disagree(
@@ -40,36 +41,16 @@ def disagree(
     own point. Raises `DoesNotFit` for inputs that are whole numbers, outputs that are not `b classes`, and
     sets that do not lie around inputs.
     """
-    if not x.is_floating_point():
-        raise DoesNotFit(
-            "disagree moves inputs by small amounts, but these are whole numbers; attack embeddings"
-        )
-    modes = [(network, network.training) for network in (original, compressed)]
-    for network, _ in modes:
-        network.eval()
-    try:
-        x = x.to(next((p.device for p in original.parameters()), x.device))
-        with torch.no_grad():
-            clean, other = original(x), compressed(x)
-        if clean.ndim != 2 or clean.shape[1] < 2 or clean.shape != other.shape:
+    with victim(original, x, None, "disagree") as v, victim(compressed, v.x, v.of, "disagree") as small:
+        if v.clean.shape != small.clean.shape:
             raise DoesNotFit(
                 f"disagree needs the same class scores `b classes` of both networks, but they give "
-                f"{tuple(clean.shape)} and {tuple(other.shape)}"
+                f"{tuple(v.clean.shape)} and {tuple(small.clean.shape)}"
             )
-        of = clean.argmax(1)
 
         def score(s: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            keeps, leaves, c = original(s), compressed(s), of[rows]
+            keeps, leaves, c = v.scores(s), small.scores(s), v.of[rows]
             parted = (keeps.argmax(1) == c) & (leaves.argmax(1) != c)
-            return torch.minimum(lead(keeps, c), -lead(leaves, c)), parted
+            return torch.minimum(-margin(keeps, c), margin(leaves, c)), parted
 
-        return ascend(score, x, within, steps=steps, restarts=restarts, seed=seed)
-    finally:
-        for network, was_training in modes:
-            network.train(was_training)
-
-
-def lead(scores: Float[Tensor, "b classes"], c: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """m: the score of class c minus the best other one."""
-    own = scores.gather(1, c[:, None])
-    return (own - scores.scatter(1, c[:, None], -torch.inf).amax(1, keepdim=True))[:, 0]
+        return ascend(score, v.x, within, steps=steps, restarts=restarts, seed=seed)

@@ -17,13 +17,12 @@ the network is sure (Carlini and Wagner 2017, arXiv:1608.04644); steps shrink; w
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Int, Num
 from torch import Tensor, nn
 
 from netweight.core.ascent import ascend
-from netweight.core.errors import DoesNotFit
 from netweight.core.perturbation import Found, Perturbation
+from netweight.core.victim import margin, victim
 
 
 def pgd(
@@ -42,30 +41,10 @@ def pgd(
     point. The model runs in evaluation mode; x goes to its device. Raises `DoesNotFit` for inputs that are
     whole numbers, for outputs that are not `b classes`, and for sets that do not lie around inputs.
     """
-    if not x.is_floating_point():
-        raise DoesNotFit("pgd moves inputs by small amounts, but these are whole numbers; attack embeddings")
-    was_training = model.training
-    model.eval()
-    try:
-        x = x.to(next((p.device for p in model.parameters()), x.device))
-        with torch.no_grad():
-            clean = model(x)
-        if clean.ndim != 2 or clean.shape[1] < 2:
-            raise DoesNotFit(
-                f"pgd needs class scores `b classes`, but the network gives {tuple(clean.shape)}"
-            )
-        of = clean.argmax(1) if y is None else y.to(x.device)
+    with victim(model, x, y, "pgd") as v:
 
         def score(s: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            scores = model(s)
-            return margin(scores, of[rows]), scores.argmax(1) != of[rows]
+            scores = v.scores(s)
+            return margin(scores, v.of[rows]), scores.argmax(1) != v.of[rows]
 
-        return ascend(score, x, within, steps=steps, restarts=restarts, seed=seed)
-    finally:
-        model.train(was_training)
-
-
-def margin(scores: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """m: the best other score minus y's."""
-    own = scores.gather(1, y[:, None])
-    return (scores.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True) - own)[:, 0]
+        return ascend(score, v.x, within, steps=steps, restarts=restarts, seed=seed)

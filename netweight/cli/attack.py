@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from netweight.cli import common
 from netweight.core.errors import BadInput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from netweight.core.perturbation import Found
+    from netweight.core.task import Data
+
+BATCH = 50
 
 
 def attack(
@@ -16,18 +26,25 @@ def attack(
     within: common.Within = None,
     method: Annotated[
         str | None,
-        typer.Option(metavar="SLUG", help="pgd, or disagree (with --against); by default what fits."),
+        typer.Option(metavar="SLUG", help="One of `netweight methods --room attacks`; by default what fits."),
     ] = None,
     against: common.Against = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each search.")] = 40,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of each search; by default the method's own.")
+    ] = None,
     restarts: Annotated[int, typer.Option(min=1, help="Searches for each input.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz|DIR", help="Save the inputs that were found: arrays, or PNG images."),
+    ] = None,
     limit: common.Limit = 100,
     seed: common.Seed = 0,
     json: common.Json = False,
 ) -> None:
     """Search for inputs that MODEL gets wrong. With --against: on which it leaves ORIGINAL."""
     from netweight.core import catalogue
-    from netweight.core.perturbation import with_range
+    from netweight.core.perturbation import over_the_range, with_range
+    from netweight.report import inputs
 
     slug = method or ("disagree" if against else "pgd")
     if catalogue.find(slug).room != "attacks":
@@ -36,23 +53,57 @@ def attack(
         raise BadInput("--method disagree and --against ORIGINAL belong together; give both or neither")
     inside = common.around(within)
     search = catalogue.method(slug)
+    how = {"restarts": restarts, "seed": seed} | ({} if steps is None else {"steps": steps})
+    if steps is not None and not takes(search, "steps"):
+        raise BadInput(f"{slug} has no --steps; leave it out")
     with common.working():
         original, _ = common.open_model(against) if against else (None, None)
         network, _ = common.open_model(model, like=original)
         examples = common.open_task(data, network).test.take(limit)
+        if out is not None:
+            inputs.check_place(out, examples)
         inside = with_range(inside, examples.low, examples.high)
-        how = {"steps": steps, "restarts": restarts, "seed": seed}
-        if original is None:
-            found = search(network, examples.x, examples.y, inside, **how)
-        else:
-            found = search(original, network, examples.x, inside, **how)
+        networks = [network] if original is None else [original, network]
+        found, clean = in_batches(search, networks, examples, inside, how)
+        labels = examples.y if examples.y is not None and original is None else clean
+        wrong = clean != labels
+        if out is not None:
+            inputs.save(out, found.points[found.hit], found.hit.nonzero()[:, 0], labels[found.hit], examples)
     hits = int(found.hit.sum())
     content = {
         "method": slug,
         "within": str(inside),
         "examples": len(examples),
+        "wrong before": int(wrong.sum()),
         "found": hits,
         "share": hits / len(examples),
         "hits": found.hit.nonzero()[:, 0].tolist(),
+        "out": None if out is None else str(out),
+        "notes": [note] if (note := over_the_range(inside, examples.low, examples.high)) else [],
     }
     common.answer(content, lambda: common.lines(content), as_json=json)
+
+
+def takes(search: Callable[..., Any], name: str) -> bool:
+    """Whether an attack has such a setting."""
+    parameters = signature(search).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def in_batches(
+    search: Callable[..., Found], networks: list[Any], examples: Data, within: Any, how: Any
+) -> Any:
+    """(what was found on all examples, the class that the first network gives each without any change)."""
+    import torch
+
+    from netweight.core import progress
+    from netweight.core.perturbation import Found
+    from netweight.evidence.found import predictions
+
+    found, clean = [], []
+    batches = examples.batched(BATCH)
+    for x, y in progress.steps(batches, "Attacking", total=-(-len(examples) // BATCH)):
+        found.append(search(*networks, x, *([y] if len(networks) == 1 else []), within, **how))
+        clean.append(predictions(networks[0], x))
+    points, hit = (torch.cat([getattr(one, name).cpu() for one in found]) for name in ("points", "hit"))
+    return Found(points, hit), torch.cat(clean)

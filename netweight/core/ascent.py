@@ -1,4 +1,4 @@
-"""Projected gradient ascent: what attacks share."""
+"""Projected gradient ascent, and the slope it climbs: what attacks share."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ def ascend(
     It starts at x, then `restarts` times at a random point of the set; steps shrink from eps to 0 as a half
     cosine. What has reached leaves the batch; elsewhere the best point seen is kept.
     """
-    if not isinstance(within, Linf | L2 | L1 | Box):
-        raise DoesNotFit(f"{within} is no set of inputs; give one of linf, l2, l1 to search around an input")
+    within = around_inputs(within)
     generator = torch.Generator().manual_seed(seed)
     points = within.project(x, x)
     best, hit = (value.detach() for value in score(points, torch.arange(len(x), device=x.device)))
@@ -41,7 +40,7 @@ def ascend(
                 break
             s = s.detach().requires_grad_()
             value, reached = score(s, rows)
-            gradient = torch.autograd.grad(value.sum(), s)[0].nan_to_num(0.0)
+            gradient = slope(value, s)
             s, value = s.detach(), value.detach()
             better = reached | (value > best[rows])
             points[rows[better]], best[rows[better]], hit[rows] = s[better], value[better], reached
@@ -49,3 +48,26 @@ def ascend(
             size = 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
             s = within.project(s + size * within.steepest(gradient, x[rows]), x[rows])
     return Found(points, hit)
+
+
+def slope(
+    value: Float[Tensor, " b"], s: Float[Tensor, "b *in"], *, keep: bool = False
+) -> Float[Tensor, "b *in"]:
+    """The gradient of each value by its own point; what is no number counts as 0.
+
+    keep: another value of the same pass is asked for next.
+    Raises `DoesNotFit` where the network passes no gradients on.
+    """
+    if not value.requires_grad:
+        raise DoesNotFit(
+            "this attack follows gradients, but the network passes none on to its inputs; "
+            "use one that needs none: square (scores) or hop-skip-jump (classes)"
+        )
+    return torch.autograd.grad(value.sum(), s, retain_graph=keep)[0].nan_to_num(0.0)
+
+
+def around_inputs(within: Perturbation) -> Linf | L2 | L1 | Box:
+    """The set itself, if it is one around inputs. Raises `DoesNotFit` for sets of weights, bits and edges."""
+    if not isinstance(within, Linf | L2 | L1 | Box):
+        raise DoesNotFit(f"{within} is no set of inputs; give one of linf, l2, l1 to search around an input")
+    return within

@@ -157,6 +157,30 @@ SYSTEMS = (
         "netweight.attacks.pgd:pgd", tags=("inputs", "gradients"),
     ),
     System(
+        "fgsm", "One step along the signs of the gradient", "ICLR", 2015, "attacks",
+        "netweight.attacks.fgsm:fgsm", tags=("inputs", "gradients"),
+    ),
+    System(
+        "apgd", "Gradient ascent that chooses its own steps", "ICML", 2020, "attacks",
+        "netweight.attacks.apgd:apgd", tags=("inputs", "gradients"),
+    ),
+    System(
+        "deepfool", "The shortest way to another class", "CVPR", 2016, "attacks",
+        "netweight.attacks.deepfool:deepfool", tags=("inputs", "gradients"),
+    ),
+    System(
+        "square", "Random search over squares, from scores alone", "ECCV", 2020, "attacks",
+        "netweight.attacks.square:square", tags=("inputs", "black box"),
+    ),
+    System(
+        "hop-skip-jump", "Along the boundary, from classes alone", "IEEE S&P", 2020, "attacks",
+        "netweight.attacks.hop_skip_jump:hop_skip_jump", tags=("inputs", "black box"),
+    ),
+    System(
+        "ensemble", "Several attacks in turn, as AutoAttack", "ICML", 2020, "attacks",
+        "netweight.attacks.ensemble:ensemble", tags=("inputs", "gradients", "black box"),
+    ),
+    System(
         "disagree", "Inputs on which two networks part", "netweight", 2026, "attacks",
         "netweight.attacks.disagree:disagree", tags=("inputs", "gradients", "two networks"),
     ),

@@ -191,6 +191,16 @@ def parse(text: str) -> Perturbation:
         ) from error
 
 
+def over_the_range(within: Perturbation, low: float | None, high: float | None) -> str | None:
+    """A sentence where the set leaves no valid number of an input out, else None."""
+    if low is None or high is None or not isinstance(within, Linf | L2 | L1) or within.eps < high - low:
+        return None
+    return (
+        f"{type(within).__name__.lower()}={within.eps:g} reaches over the whole valid range of a number, "
+        f"{low:g} to {high:g}; give a smaller radius."
+    )
+
+
 def with_range(within: Perturbation, low: float | None, high: float | None) -> Perturbation:
     """The set cut to valid inputs; sets of weights, memories and graphs have no range and stay."""
     if isinstance(within, Linf | L2 | L1):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from netweight.core.plan import Option, Plan
 from netweight.core.result import AVERAGE, FOUND, POSSIBLE, Evidence, Row, short
 from netweight.core.task import Data, Task, outputs
 from netweight.report import plots, table
+from netweight.report.inputs import png
 
 SHOWN = 12  # examples of each kind
 IN_UNITS = {"share": (100, "%"), "seconds": (1000, "ms")}  # shown as a factor times the value, and a unit
@@ -218,12 +218,4 @@ def _looks(data: Data, inputs: Sequence[Tensor]) -> tuple[tuple[str, ...], str]:
 
 def picture(image: Tensor, low: float = 0.0, high: float = 1.0) -> str:
     """An image `c h w` with c 1 or 3 and values from low to high, as the data URI of a PNG."""
-    from PIL import Image
-
-    pixels = (
-        ((image.detach().cpu().float() - low) / (high - low)).clamp(0, 1).mul(255).round().to(torch.uint8)
-    )
-    array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
-    content = io.BytesIO()
-    Image.fromarray(array).save(content, "PNG")
-    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(png(image, low, high)).decode()

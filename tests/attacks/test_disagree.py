@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from netweight.attacks.disagree import disagree, lead
+from netweight.attacks.disagree import disagree
 from netweight.core.errors import DoesNotFit
 from netweight.core.perturbation import L2, Box, Linf
 
@@ -71,15 +71,10 @@ def test_seed_modes_and_the_global_state():
     assert torch.equal(disagree(model, other, x, L2(0.1), restarts=0).points, x)
 
 
-def test_lead_by_hand():
-    scores = torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 2.0]])
-    assert lead(scores, torch.tensor([1, 0])).tolist() == [2.0, -3.0]
-
-
 def test_refuses_tokens_and_networks_of_different_tasks():
     with pytest.raises(DoesNotFit, match="whole numbers; attack embeddings"):
         disagree(nn.Identity(), nn.Identity(), torch.zeros(2, 3, dtype=torch.long), Linf(0.1))
     with pytest.raises(DoesNotFit, match=r"they give \(2, 4\) and \(2, 5\)"):
         disagree(nn.Linear(3, 4), nn.Linear(3, 5), torch.zeros(2, 3), Linf(0.1))
-    with pytest.raises(DoesNotFit, match="of both networks"):
+    with pytest.raises(DoesNotFit, match="class scores"):
         disagree(nn.Linear(3, 1), nn.Linear(3, 1), torch.zeros(2, 3), Linf(0.1))

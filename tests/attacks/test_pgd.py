@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from netweight.attacks.pgd import margin, pgd
+from netweight.attacks.pgd import pgd
 from netweight.core.errors import DoesNotFit
 from netweight.core.perturbation import L1, L2, BitFlips, Linf
+from netweight.core.victim import margin
 
 
 def linear(seed: int = 0, classes: int = 3, inputs: int = 6) -> nn.Module:

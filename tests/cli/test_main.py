@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -207,6 +208,26 @@ def test_attack_keeps_to_valid_inputs(monkeypatch):
     options = (*DIGITS, "--within", "linf=0.1", "--limit", "2")
     answer("attack", "digits-cnn", *options, "--restarts", "3", "--steps", "7", "--seed", "5")
     assert seen == [(0.0, 1.0, {"steps": 7, "restarts": 3, "seed": 5})]
+
+
+def test_attack_by_any_method_counts_wrong_examples_apart_and_saves_what_it_found(small, tmp_path):
+    options = (*DIGITS, "--within", "linf=0.2", "--limit", "60")
+    found = answer(
+        "attack", "digits-cnn", *options, "--method", "apgd", "--steps", "5", "--out", tmp_path / "f.npz"
+    )
+    assert found["method"] == "apgd" and 0 <= found["wrong before"] <= found["found"] > 20
+    arrays = np.load(tmp_path / "f.npz")
+    assert arrays["index"].tolist() == found["hits"] and arrays["x"].shape == (found["found"], 1, 8, 8)
+    again = answer("attack", "digits-cnn", "--data", tmp_path / "f.npz", "--within", "linf=0", "--limit", "9")
+    assert again["wrong before"] == again["examples"]  # as a test set of its own
+    parted = answer("attack", small[0], *options, "--against", "digits-cnn", "--out", tmp_path / "pictures")
+    assert len(list((tmp_path / "pictures").glob("*/*.png"))) == parted["found"] > 0
+    assert "--steps; leave it out" in sentence(
+        "attack", "digits-cnn", *options, "--method", "fgsm", "--steps", "2"
+    )
+    assert "holds files" in sentence("attack", "digits-cnn", *options, "--out", tmp_path)
+    wide = answer("attack", "digits-cnn", *DIGITS, "--within", "linf=1", "--limit", "2", "--method", "fgsm")
+    assert "reaches over the whole valid range" in wide["notes"][0]
 
 
 def test_export_writes_a_file_that_onnx_runtime_runs(small, tmp_path):

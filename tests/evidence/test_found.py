@@ -1,17 +1,18 @@
 """What attacks find: networks whose robust accuracy is known, hidden gradients, and what is kept of it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from netweight.core.errors import BadInput, DoesNotFit
-from netweight.core.intervals import clopper_pearson
+from netweight.core.intervals import clopper_pearson, paired_difference
 from netweight.core.perturbation import BitFlips, Linf
 from netweight.core.result import FOUND
 from netweight.core.task import Data, Task
-from netweight.evidence.found import NUMBERS, SHOWN, Attacked, measure, search
+from netweight.evidence.found import NUMBERS, SHOWN, Attacked, measure, search, verdict
 
 NOTHING = Attacked([], torch.zeros(1, 2) > 0, torch.zeros(1) > 0, torch.zeros(1, 1), [])
 
@@ -46,7 +47,7 @@ def task_of(data: Data) -> Task:
 
 def test_shares_of_networks_with_known_margins():
     found = search(threshold(0.5), threshold(0.3), task_of(line()), Linf(0.1001), limit=101)
-    attacked, parted = found.rows
+    attacked, _, _, _, parted = found.rows
     x = line().x[:, 0]
     held = torch.stack([(x - 0.5).abs() > 0.1001, (x < 0.1999) | (x > 0.5)], 1)
     clear = (
@@ -61,7 +62,7 @@ def test_shares_of_networks_with_known_margins():
     assert attacked.original == int((~found.broken[:, 0]).sum()) / 101
     count = int((~found.broken[:, 1]).sum())
     assert attacked.compressed == count / 101 and (attacked.low, attacked.high) == clopper_pearson(count, 101)
-    assert "linf=0.1001, steps 40, restarts 1" in attacked.method
+    assert "pgd; linf=0.1001, steps 40" in attacked.method
     inside = (x > 0.201) & (x < 0.499)
     assert (
         found.parted[inside].all() and not found.parted[x < 0.199].any() and not found.parted[x > 0.501].any()
@@ -106,6 +107,41 @@ def test_the_valid_range_and_the_limit_are_kept():
         )
 
 
+def test_what_compressing_did_and_what_carries_over():
+    """One network looks at the first number, the other, at another threshold, at the second: none carries."""
+    both = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    for at, (model, bias) in enumerate(zip(both, (0.5, 0.45), strict=True)):
+        model.weight.data = torch.zeros(2, 2).index_put(
+            (torch.tensor(1), torch.tensor(at)), torch.tensor(1.0)
+        )
+        model.bias.data = torch.tensor([0.0, -bias])
+    data = Data(line().x.expand(-1, 2).contiguous(), line().y)
+    found = search(*both, task_of(data), Linf(0.1001), limit=101)
+    held, change, on_original, on_compressed, _ = found.rows
+    broken = found.broken
+    gained, lost = int((broken[:, 0] & ~broken[:, 1]).sum()), int((~broken[:, 0] & broken[:, 1]).sum())
+    assert gained and lost and change.compressed == pytest.approx((gained - lost) / 101)
+    assert change.low <= change.compressed <= change.high
+    assert (change.low, change.high) == paired_difference(gained, lost, 101)
+    assert on_original.original == held.original and on_original.compressed > held.compressed + 0.1
+    assert on_compressed.compressed == held.compressed and on_compressed.original > held.original + 0.1
+    assert verdict(change).startswith("101 examples do not tell")
+    assert verdict(replace(change, low=0.01)).startswith("Compressing gained robustness:")
+    assert verdict(replace(change, high=-0.01)).startswith("Compressing lost robustness:")
+
+
+def test_the_ensemble_finds_what_a_hidden_gradient_hides():
+    class Steps(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """Class 1 above 0.5; constant elsewhere."""
+            return threshold(0.5)((x * 20).round() / 20)
+
+    data = task_of(line())
+    by_pgd = search(Steps(), Steps(), data, Linf(0.2), steps=5, limit=101).rows[0].compressed
+    by_all = search(Steps(), Steps(), data, Linf(0.2), by="ensemble", steps=5, limit=101).rows[0].compressed
+    assert by_all <= 0.65 and by_all < by_pgd - 0.1
+
+
 def test_disagreements_are_json_and_real():
     data, original, small = line(), threshold(0.5), threshold(0.3)
     found = search(original, small, task_of(data), Linf(0.05), limit=101)
@@ -131,7 +167,7 @@ def test_measure_searches_harder_when_thorough(monkeypatch):
     model = threshold(0.5)
     measure(model, model, task_of(line()), Linf(0.1), seed=3)
     measure(model, model, task_of(line()), Linf(0.1), thorough=True, seed=4)
-    assert asked == [{"seed": 3, "limit": 200}, {"steps": 100, "restarts": 5, "seed": 4, "limit": 1000}]
+    assert asked == [{"seed": 3, "limit": 200}, {"by": "ensemble", "steps": 100, "seed": 4, "limit": 1000}]
 
 
 def test_settings_reach_the_attacks(monkeypatch):
@@ -143,8 +179,8 @@ def test_settings_reach_the_attacks(monkeypatch):
         monkeypatch.setattr(
             module, name, lambda *a, attack=attack, **how: asked.append(how) or attack(*a, **how)
         )
-    search(threshold(0.5), threshold(0.3), task_of(line(5)), Linf(0.1), steps=2, restarts=3, seed=7, limit=5)
-    assert asked == [{"steps": 2, "restarts": 3, "seed": 7}] * 3
+    search(threshold(0.5), threshold(0.3), task_of(line(5)), Linf(0.1), steps=2, seed=7, limit=5)
+    assert asked == [{"steps": 2, "seed": 7}] * 3
 
 
 def test_an_attack_that_leaves_the_set_is_a_bug(monkeypatch):
