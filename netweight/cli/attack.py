@@ -42,20 +42,13 @@ def attack(
     json: common.Json = False,
 ) -> None:
     """Search for inputs that MODEL gets wrong. With --against: on which it leaves ORIGINAL."""
-    from netweight.core import catalogue
     from netweight.core.perturbation import over_the_range, with_range
     from netweight.report import inputs
 
     slug = method or ("disagree" if against else "pgd")
-    if catalogue.find(slug).room != "attacks":
-        raise BadInput(f"{slug!r} is no attack; `netweight methods --room attacks` lists them")
-    if (slug == "disagree") != (against is not None):
-        raise BadInput("--method disagree and --against ORIGINAL belong together; give both or neither")
+    search, how = asked(slug, against, steps)
+    how |= {"restarts": restarts, "seed": seed}
     inside = common.around(within)
-    search = catalogue.method(slug)
-    how = {"restarts": restarts, "seed": seed} | ({} if steps is None else {"steps": steps})
-    if steps is not None and not takes(search, "steps"):
-        raise BadInput(f"{slug} has no --steps; leave it out")
     with common.working():
         original, _ = common.open_model(against) if against else (None, None)
         network, _ = common.open_model(model, like=original)
@@ -84,10 +77,21 @@ def attack(
     common.answer(content, lambda: common.lines(content), as_json=json)
 
 
-def takes(search: Callable[..., Any], name: str) -> bool:
-    """Whether an attack has such a setting."""
+def asked(slug: str, against: str | None, steps: int | None) -> tuple[Callable[..., Any], dict[str, int]]:
+    """The attack and its steps, if they are given; raises `BadInput` for what does not go together."""
+    from netweight.core import catalogue
+
+    if catalogue.find(slug).room != "attacks":
+        raise BadInput(f"{slug!r} is no attack; `netweight methods --room attacks` lists them")
+    if (slug == "disagree") != (against is not None):
+        raise BadInput("--method disagree and --against ORIGINAL belong together; give both or neither")
+    search = catalogue.method(slug)
+    if steps is None:
+        return search, {}
     parameters = signature(search).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "steps" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise BadInput(f"{slug} has no --steps; leave it out")
+    return search, {"steps": steps}
 
 
 def in_batches(
