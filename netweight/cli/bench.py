@@ -10,6 +10,7 @@ from netweight.cli import common
 
 BENCHES = {
     "allocate": "netweight.bench.allocate:bench",
+    "attack": "netweight.bench.attack:bench",
     "compress": "netweight.bench.compress:bench",
     "distortion": "netweight.bench.distortion:bench",
     "run": "netweight.bench.run:bench",
@@ -46,7 +47,7 @@ def bench(
     timeout: Annotated[float | None, typer.Option(help="vnncomp: seconds for each property.")] = None,
     json: common.Json = False,
 ) -> bool:
-    """Measure the planner, compressing, packed products, block-by-block memory, bounds or proofs here."""
+    """Measure the planner, compressing, packed products, memory, training, attacks or proofs here."""
     from netweight.core.errors import BadInput, unknown
     from netweight.core.origin import named
 
