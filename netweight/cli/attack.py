@@ -46,6 +46,10 @@ def attack(
     from netweight.report import inputs
 
     slug = method or ("disagree" if against else "pgd")
+    if slug == "bit-flips":
+        found = flipped(model, data, within, limit)
+        common.answer(found, lambda: common.lines(found), as_json=json)
+        return
     search, how = asked(slug, against, steps)
     how |= {"restarts": restarts, "seed": seed}
     inside = common.around(within)
@@ -75,6 +79,37 @@ def attack(
         "notes": [note] if (note := over_the_range(inside, examples.low, examples.high)) else [],
     }
     common.answer(content, lambda: common.lines(content), as_json=json)
+
+
+def flipped(model: str, data: str, within: str | None, limit: int) -> dict[str, Any]:
+    """What flipping stored bits of a compressed network does to its test accuracy.
+
+    The bits are chosen on calibration data and judged on `limit` test examples.
+    """
+    from netweight.attacks.bit_flips import bit_flips, with_memory
+    from netweight.evidence.found import predictions
+
+    inside = common.around(within)
+    with common.working():
+        _, small = common.open_model(model)
+        if small is None:
+            raise BadInput(
+                f"{model}: bit-flips needs a compressed network; give a folder that compress wrote"
+            )
+        task = common.open_task(data, small.model)
+        found = bit_flips(small, task.calibration.x[:limit], None, inside)
+        test = task.test.take(limit)
+        clean = predictions(small.model, test.x)
+        labels = clean if test.y is None else test.y
+        after = predictions(with_memory(small, found.points).model, test.x)
+    return {
+        "method": "bit-flips",
+        "within": str(inside),
+        "examples": len(test),
+        "right before": int((clean == labels).sum()),
+        "right after": int((after == labels).sum()),
+        "no better than guessing": bool(found.hit),
+    }
 
 
 def asked(slug: str, against: str | None, steps: int | None) -> tuple[Callable[..., Any], dict[str, int]]:

@@ -181,6 +181,10 @@ SYSTEMS = (
         "netweight.attacks.ensemble:ensemble", tags=("inputs", "gradients", "black box"),
     ),
     System(
+        "bit-flips", "The stored bits that hurt most", "ICCV", 2019, "attacks",
+        "netweight.attacks.bit_flips:bit_flips", tags=("weights", "memory", "gradients"),
+    ),
+    System(
         "disagree", "Inputs on which two networks part", "netweight", 2026, "attacks",
         "netweight.attacks.disagree:disagree", tags=("inputs", "gradients", "two networks"),
     ),

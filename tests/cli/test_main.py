@@ -230,6 +230,17 @@ def test_attack_by_any_method_counts_wrong_examples_apart_and_saves_what_it_foun
     assert "reaches over the whole valid range" in wide["notes"][0]
 
 
+def test_attack_flips_stored_bits(small):
+    options = (*DIGITS, "--method", "bit-flips", "--limit", "100")
+    found = answer("attack", small[0], *options, "--within", "bitflips=5")
+    assert found["examples"] == 100 >= found["right before"] > found["right after"]
+    none = answer("attack", small[0], *options, "--within", "bitflips=0")
+    assert none["right before"] == none["right after"] == found["right before"]
+    assert "needs a compressed network" in sentence(
+        "attack", "digits-cnn", *options, "--within", "bitflips=1"
+    )
+
+
 def test_export_writes_a_file_that_onnx_runtime_runs(small, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "small.onnx"
