@@ -67,7 +67,7 @@ def test_settings_are_frozen_plain_values_and_the_method_takes_them(system):
     assert settings.__dataclass_params__.frozen
     assert all(isinstance(getattr(settings(), field.name), plain) for field in dataclasses.fields(settings))
     training = ["model", "task", "how", "settings", "keep"]
-    wanted = training if system.room == "training" else ["model", "task", "layers", "settings"]
+    wanted = training if system.room in ("training", "search") else ["model", "task", "layers", "settings"]
     assert [*inspect.signature(catalogue.method(system.slug)).parameters] == wanted
 
 

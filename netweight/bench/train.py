@@ -8,6 +8,7 @@ process, on one thread; the figures are medians of CPU seconds, and of the ratio
     torch.ao   torch's learnable fake quantizers (`_LearnableFakeQuantize`, LSQ as well) in the same places,
                and its moving-average ones (`FakeQuantize`), which learn nothing, beside them
     Brevitas   its steps as parameters, started from statistics, in the same places
+    N:M masks  no step: the 2:8 masks of forward and backward pass of all layers, as BDWP makes them in each
 
 A peer that is not installed is named in `missing`; torch.ao is a part of torch.
 """
@@ -31,10 +32,12 @@ from netweight.core.compressed import replace
 from netweight.core.progress import steps
 from netweight.models.resnet_cifar import architecture
 from netweight.nn import quantized
+from netweight.nn.nm_sparse import BOTH, INPUTS, OUTPUTS, TWO_OF_EIGHT, mask, misfit
 from netweight.nn.quantizer import Learnt, Levels
 
 BITS, BATCH, TURNS = 4, 128, 9
 MOST = 1.6  # ours / plain
+MASKS, SHARE = "N:M masks", 0.05  # of a plain step
 
 
 class Both(nn.Module):
@@ -59,8 +62,9 @@ def bench(*, turns: int = TURNS, batch: int = BATCH) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     found = {name: statistics.median(times) for name, times in seconds.items()}
-    over = {name: ratio(seconds["ours"], seconds[name]) for name in seconds if name != "ours"}
+    over = {name: ratio(seconds["ours"], seconds[name]) for name in seconds if name not in ("ours", MASKS)}
     bars = [bar("ours / plain", over["plain"], MOST)]
+    bars += [bar(f"{MASKS} / plain", ratio(seconds[MASKS], seconds["plain"]), SHARE)]
     bars += [
         bar(f"ours / {name}", over[name], 1.0) for name in ("torch.ao, learnt", "Brevitas") if name in over
     ]
@@ -99,7 +103,8 @@ def measured(turns: int, batch: int) -> dict[str, list[float]]:
         torch.manual_seed(0)
         plain = architecture(20)
         networks = {name: make(plain) for name, make in known.items()}
-    return in_turns({name: stepper(network.train(), x, y) for name, network in networks.items()}, turns)
+    taken = {name: stepper(network.train(), x, y) for name, network in networks.items()}
+    return in_turns({**taken, MASKS: masks(plain)}, turns)
 
 
 def in_turns(taken: dict[str, Callable[[], None]], turns: int) -> dict[str, list[float]]:
@@ -122,6 +127,19 @@ def stepper(network: nn.Module, x: Tensor, y: Tensor) -> Callable[[], None]:
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(network(x), y).backward()
         optimizer.step()
+
+    return once
+
+
+def masks(network: nn.Module) -> Callable[[], None]:
+    """Both masks of every layer that 2:8 divides, made once a call."""
+    layers = [layer for layer in network.modules() if not misfit(layer, TWO_OF_EIGHT, BOTH)]
+    weights = [layer.weight.detach() for layer in layers]
+
+    def once() -> None:
+        for weight in weights:
+            mask(weight, TWO_OF_EIGHT, INPUTS)
+            mask(weight, TWO_OF_EIGHT, OUTPUTS)
 
     return once
 

@@ -39,7 +39,7 @@ def compress(
     from netweight.planning import float_bytes
     from netweight.report import table
 
-    if method != "auto" and catalogue.find(method).room == "training":
+    if method != "auto" and catalogue.find(method).room in ("training", "search"):
         raise BadInput(f"{method} trains the network; use netweight train --method {method}")
     if stream:
         return block_by_block(model, data, Budget.parse(budget), method, out, resume, json)

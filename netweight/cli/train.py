@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     Job = Callable[[nn.Module, Task, Checkpoint], tuple[Compressed, dict[str, Any]]]
 
 CERTIFIED = "certified"  # the one that is given a set, and has a schedule of its own
-METHODS = (CERTIFIED, *(s.slug for s in catalogue.of_room("training") if s.method and s.settings))
+TRAINED = ("training", "search")  # rooms
+METHODS = (CERTIFIED, *(s.slug for s in catalogue.SYSTEMS if s.room in TRAINED and s.method and s.settings))
 EPOCHS = 10  # of the others; certified: 60
 
 

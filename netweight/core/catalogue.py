@@ -294,6 +294,21 @@ SYSTEMS = (
         2024, "training", "netweight.training.gaqat:gaqat", "netweight.reproduce.gaqat",
         "netweight.training.gaqat:GAQAT", ("weights", "activations", "grid", "domains", "sharpness"),
     ),
+    System(
+        "cbnet", "A Converting Autoencoder Toward Low-latency and Energy-efficient DNN Inference at the Edge",
+        "arXiv", 2024, "training", "netweight.training.cbnet:cbnet", "netweight.reproduce.cbnet",
+        "netweight.training.cbnet:CBNet", ("inputs", "autoencoder", "early exit", "energy"),
+    ),
+    System(
+        "bdwp", "Efficient N:M Sparse DNN Training Using Algorithm, Architecture, and Dataflow Co-Design",
+        "IEEE TCAD", 2023, "training", "netweight.training.bdwp:bdwp", "netweight.reproduce.bdwp",
+        "netweight.training.bdwp:BDWP", ("weights", "pruning", "N:M", "accelerator"),
+    ),
+    System(
+        "lpgnas", "Learned Low Precision Graph Neural Networks", "arXiv", 2020, "search",
+        "netweight.search.lpgnas:lpgnas", "netweight.reproduce.lpgnas", "netweight.search.lpgnas:LPGNAS",
+        ("weights", "activations", "grid", "mixed precision", "graph", "architecture"),
+    ),
 )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ BUILDERS = {  # kind: the function that makes the architecture from (target, fil
     "built-in": "netweight.models.load:skeleton",
     "onnx": "netweight.models.onnx_reader:skeleton",
     "huggingface": "netweight.models.huggingface:skeleton",
+    "graph": "netweight.models.graph_block:skeleton",
 }
 
 

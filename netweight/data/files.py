@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from netweight.core.errors import BadInput, DoesNotFit, NetweightError, unknown
 from netweight.core.task import Data
-from netweight.data import arrays, digits, folders, images, sms, tables, text
+from netweight.data import arrays, digits, folders, graphs, images, sms, tables, text
 from netweight.data.shared import shared_data as shared_data
 from netweight.data.split import Split, at_random, in_order
 
-BUILT_IN = ("digits", "cifar10", "mnist", "wikitext2", "shakespeare", "sms-spam")
+BUILT_IN = ("digits", "cifar10", "mnist", "wikitext2", "shakespeare", "sms-spam", *graphs.NAMES)
 TEXT_CALIBRATION, TEXT_TEST = 128, 256  # windows of WikiText-2, spread over the whole texts
 SMS_CALIBRATION = 512  # messages
 TRAIN = 10_000  # images of the large built-in sets that `Split.train` holds
@@ -57,6 +57,8 @@ def load(data: str, *, model: nn.Module | None = None, length: int = 128, seed: 
 
 def _built_in(name: str, model: nn.Module | None, length: int) -> Split:
     """The parts of a set of `BUILT_IN`."""
+    if name in graphs.NAMES:
+        return graphs.parts(name)
     if name == "digits":
         return Split(digits.calibration(), digits.test(), digits.train)
     if name in ("cifar10", "mnist"):

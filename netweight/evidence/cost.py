@@ -99,19 +99,35 @@ def disk(small: nn.Module, packed: Compressed | None) -> int:
 
 
 def planned(original: nn.Module, packed: Compressed) -> list[str]:
-    """The layers that bits are counted over: every Linear and Conv weight, and what else is packed."""
-    return list(dict.fromkeys([*weighted(original), *packed.packed]))
+    """The layers that bits are counted over: every Linear and Conv weight, and what else is packed of the
+    original's own (a rewrite may make layers that it has not)."""
+    there = dict(original.named_modules())
+    return list(dict.fromkeys([*weighted(original), *(name for name in packed.packed if name in there)]))
+
+
+def made(original: nn.Module, packed: Compressed) -> list[str]:
+    """The packed layers that the original has not."""
+    there = dict(original.named_modules())
+    return [name for name in packed.packed if name not in there]
+
+
+def gone(layer: str, packed: Compressed) -> bool:
+    """Whether a rewrite took that layer of the original away."""
+    return layer not in dict(packed.model.named_modules())
 
 
 def stored_bits(original: nn.Module, packed: Compressed) -> tuple[float, float]:
-    """Bits per weight of the original and the compressed network, over the layers of `planned`."""
-    before = after = weights = 0
+    """Bits per weight of the original: of it and of the compressed network, over the layers of `planned` and
+    what rewrites made of them."""
+    before = weights = 0
+    after = sum(packed.packed[layer].bits() for layer in made(original, packed))
     for layer in planned(original, packed):
         weight = weight_of(original, layer)
         plain = 8 * weight.numel() * weight.element_size()
         weights += weight.numel()
         before += plain
-        after += packed.packed[layer].bits() if layer in packed.packed else plain
+        if not gone(layer, packed):
+            after += packed.packed[layer].bits() if layer in packed.packed else plain
     return before / weights, after / weights
 
 
@@ -125,7 +141,15 @@ def bit_operations(original: nn.Module, packed: Compressed, x: Tensor) -> tuple[
         width = packed.packed[layer].bits() / weight.numel() if layer in packed.packed else plain
         rounding = packed.change.activations.get(layer)
         before += macs * plain * FLOAT_BITS
-        after += macs * width * (getattr(rounding, "bits", FLOAT_BITS) if rounding else FLOAT_BITS)
+        if not gone(layer, packed):
+            after += macs * width * (getattr(rounding, "bits", FLOAT_BITS) if rounding else FLOAT_BITS)
+    new = made(original, packed)
+    for layer, macs in multiply_adds(packed.plain(), x).items() if new else ():
+        name = layer.removesuffix(".layer")  # inside `RoundedInput`
+        if name in new:
+            weights, rounding = packed.packed[name].decode().numel(), packed.change.activations.get(name)
+            width = packed.packed[name].bits() / weights
+            after += macs * width * (getattr(rounding, "bits", FLOAT_BITS) if rounding else FLOAT_BITS)
     return sum(count.values()), before, after
 
 

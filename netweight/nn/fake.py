@@ -135,3 +135,7 @@ class Dynamic(nn.Module):
         """x on the grid."""
         scale, zero = grid_of(x.detach().amin(-1, keepdim=True), x.detach().amax(-1, keepdim=True), self.bits)
         return fake_round(x, scale, zero, self.bits)
+
+    def stored(self) -> DynamicRounding:
+        """As it is stored."""
+        return DynamicRounding(self.bits)

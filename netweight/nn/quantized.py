@@ -15,15 +15,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from netweight.core.compressed import WEIGHTED, Change, Packed, replace
+from netweight.core.compressed import WEIGHTED, ActivationRounding, Change, Packed, replace
 from netweight.core.errors import DoesNotFit
 from netweight.core.grid import Grid, in_groups, storable
 from netweight.nn.buckets import InBuckets, OnPoints
 from netweight.nn.codebook import Codebook
-from netweight.nn.fake import StaticRounding
+from netweight.nn.elastic import Elastic, ElasticRounding
+from netweight.nn.fake import Dynamic, DynamicRounding, StaticRounding
 from netweight.nn.layers import run
 from netweight.nn.packed import Affine
-from netweight.nn.quantizer import FromMean, Learnt, codes
+from netweight.nn.quantizer import FromLargest, FromMean, Learnt, codes
+from netweight.nn.shifted import PlacedRounding, Shifted
 
 TREATED = (*WEIGHTED, nn.Embedding)
 
@@ -32,8 +34,8 @@ TREATED = (*WEIGHTED, nn.Embedding)
 class Roundings:
     """What rounds the weight and the input of a layer, None for nothing."""
 
-    weight: Learnt | FromMean | InBuckets | OnPoints | None = None
-    input: Learnt | None = None
+    weight: Learnt | FromMean | FromLargest | InBuckets | OnPoints | None = None
+    input: Learnt | Shifted | Elastic | Dynamic | None = None
 
 
 Rule = Callable[[str, nn.Module], Roundings | None]
@@ -101,7 +103,7 @@ def finished(model: nn.Module) -> tuple[nn.Module, Change]:
     """
     plain = copy.deepcopy(model).eval()
     packed: dict[str, Packed] = {}
-    activations: dict[str, StaticRounding] = {}
+    activations: dict[str, ActivationRounding] = {}
     for name, layer in quantized(plain).items():
         if layer.weight_rounding is not None:
             packed[name] = pack(layer.like.weight.detach(), layer.weight_rounding)
@@ -112,7 +114,7 @@ def finished(model: nn.Module) -> tuple[nn.Module, Change]:
 
 
 @torch.no_grad()
-def pack(weight: Tensor, rounding: Learnt | FromMean | InBuckets | OnPoints) -> Packed:
+def pack(weight: Tensor, rounding: Learnt | FromMean | FromLargest | InBuckets | OnPoints) -> Packed:
     """The rounded weight as it is stored: codes on a grid where 0 is a level, else places in a table."""
     if isinstance(rounding, InBuckets | OnPoints):
         return rounding.stored(weight)
@@ -128,8 +130,12 @@ def pack(weight: Tensor, rounding: Learnt | FromMean | InBuckets | OnPoints) -> 
     return Codebook.of(found.long().flatten(1), table[None].float(), step.reshape(-1), group_of, weight)
 
 
-def static(rounding: Learnt, name: str) -> StaticRounding:
-    """The rounding of an input once its step is fixed."""
+def static(
+    rounding: Learnt | Shifted | Elastic | Dynamic, name: str
+) -> StaticRounding | PlacedRounding | ElasticRounding | DynamicRounding:
+    """The rounding of an input once its steps are fixed."""
+    if isinstance(rounding, Shifted | Elastic | Dynamic):
+        return rounding.stored()
     levels = rounding.levels
     if levels.half or rounding.axis is not None or levels.count != 2**levels.bits or levels.low > 0:
         raise DoesNotFit(

@@ -230,3 +230,25 @@ class FromMean(nn.Module):
         """x on the levels; the gradient passes as it is."""
         step = self.size(x)
         return straight(x, (codes(x, step, self.levels) + self.levels.offset) * step)
+
+
+class FromLargest(nn.Module):
+    """Rounds to levels of one step, max |x| / 2^(b - 1); nothing is learnt.
+
+    So x / max |x| is a fixed-point number with b - 1 bits behind the point, of which -1 is the smallest and
+    1 - 2^(1-b) the largest. The gradient passes as it is.
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.levels = Levels.signed(bits)
+
+    def size(self, x: Tensor) -> Tensor:
+        """The step as it is stored, one number."""
+        largest = x.detach().abs().float().amax().reshape(1)
+        return storable((largest / -self.levels.low).clamp(min=LEAST)).float().reshape([1] * x.ndim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x on the levels; the gradient passes as it is."""
+        step = self.size(x)
+        return straight(x, codes(x, step, self.levels) * step)

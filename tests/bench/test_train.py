@@ -42,6 +42,7 @@ def test_the_answer_holds_the_medians_of_neighbouring_turns(monkeypatch):
         "ours": [1.5, 3.5, 6.4],
         "torch.ao, learnt": [2.0, 3.5, 6.0],
         "torch.ao, averages": [1.0, 1.0, 1.0],
+        train.MASKS: [0.04, 0.1, 0.4],
     }
     monkeypatch.setattr(train, "measured", lambda turns, batch: seconds)
     found = train.bench()
@@ -49,11 +50,24 @@ def test_the_answer_holds_the_medians_of_neighbouring_turns(monkeypatch):
     rows = {row["step"]: row for row in found["rows"]}
     assert (rows["ours"]["cpu_seconds"], rows["ours"]["over_plain"]) == (3.5, 1.6)
     bars = {bar["name"]: (bar["measured"], bar["reached"]) for bar in found["bars"]}
-    assert bars == {"ours / plain": (1.6, True), "ours / torch.ao, learnt": (1.0, True)}
-    seconds["ours"] = [1.7, 3.6, 6.4]
+    assert bars == {
+        "ours / plain": (1.6, True),
+        "N:M masks / plain": (0.05, True),
+        "ours / torch.ao, learnt": (1.0, True),
+    }
+    assert rows["N:M masks"]["over_plain"] == 0.05
+    seconds["ours"], seconds[train.MASKS] = [1.7, 3.6, 6.4], [0.04, 0.11, 0.4]
     assert not any(bar["reached"] for bar in train.bench()["bars"])
     seconds["Brevitas"] = [4.0, 4.0, 4.0]
     assert train.bench()["missing"] == "" and train.bench()["bars"][-1]["name"] == "ours / Brevitas"
+
+
+def test_masks_are_of_all_inner_layers_in_both_directions(plain, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "mask", lambda weight, pattern, axis: seen.append((weight.shape, axis)))
+    train.masks(plain)()
+    shapes = [plain.get_submodule(name).weight.shape for name in inner_layers(plain)]
+    assert seen == [(shape, axis) for shape in shapes for axis in (train.INPUTS, train.OUTPUTS)]
 
 
 def test_a_step_moves_the_weights_and_threads_are_put_back(plain):

@@ -196,7 +196,9 @@ def test_compress_sends_a_method_of_training_here(tmp_path):
 
 def test_every_method_of_training_with_settings_is_offered():
     assert METHODS[0] == "certified"
-    slugs = {s.slug for s in catalogue.SYSTEMS if s.room == "training" and s.method and s.settings}
+    slugs = {
+        s.slug for s in catalogue.SYSTEMS if s.room in ("training", "search") and s.method and s.settings
+    }
     assert {*METHODS[1:]} == slugs >= {"weight-compander"}
 
 

@@ -19,19 +19,25 @@ from netweight.core.grid import Grid
 from netweight.core.permute import Permute
 from netweight.core.rewrite import FoldBatchNorm, Scale, Unclip
 from netweight.core.stored import put_together, take_apart
+from netweight.models.converting import Convert
 from netweight.nn.buckets import InBuckets
 from netweight.nn.codebook import Codebook
 from netweight.nn.double_rounding import DoubleRounded, WidthRounding
 from netweight.nn.dyadic import Dyadic
+from netweight.nn.elastic import ElasticRounding
 from netweight.nn.fake import DynamicRounding, StaticRounding
 from netweight.nn.integer_steps import Clip, Concat, Entrance, Join, Move, Negate, Pool, Product, Rescale
 from netweight.nn.packed import Dense, Sparse
 from netweight.nn.power import Power, PowerRounding
 from netweight.nn.power_rewrites import FoldPowerNorm, InsertPowerNorm
+from netweight.nn.qk_attention import JoinQueryKey
+from netweight.nn.shifted import PlacedRounding
 from netweight.nn.split import Split
 from netweight.nn.switch_norm import SwitchNorms
+from netweight.nn.ternary_attention import RoundProducts
 
 WEIGHT = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+ELASTIC = ElasticRounding(torch.tensor(0.1), torch.tensor(-0.2), -1, 1, False)
 THINGS = [
     round_to_nearest(WEIGHT, RTN(3)),
     round_to_nearest(WEIGHT.double(), RTN(8, symmetric=True, group=4)),
@@ -65,8 +71,13 @@ THINGS = [
     DoubleRounded.of(WEIGHT, torch.tensor(0.01), (8, 4, 2), 4),
     WidthRounding(torch.tensor([0.01, 0.2]), (8, 4), 4),
     SwitchNorms.of({"norm": ("conv", "")}, (8, 4), 4),
+    Convert("2", (8, 4, 4), 10, 8, (1, 8, 8), (16, 4), 0.0, 1.0),
     InsertPowerNorm(("norm1", "norm2"), "pn", 4, 100, 0.9, 0.9),
     FoldPowerNorm("norm", ("query", "key")),
+    PlacedRounding(torch.rand(5, 1) + 1, torch.zeros(8), torch.ones(8), -2, 1),
+    JoinQueryKey("blocks.0.attention"),
+    ELASTIC,
+    RoundProducts("layers.0.self_attn", ELASTIC, ELASTIC, DynamicRounding(8), ELASTIC),
     InBuckets(2, 5).stored(WEIGHT),
 ]
 

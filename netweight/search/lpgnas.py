@@ -1,0 +1,325 @@
+"""LPGNAS: the blocks of a graph network and the bits of each of their parts, found in one search.
+
+Paper: Zhao, Wang, Bates, Mullins, Jamnik and Lio, "Learned Low Precision Graph Neural Networks", 2020,
+arXiv:2009.09232.
+
+A supernet (`search.supernet`) holds every block; logits a say what is computed, logits q what each part is
+rounded to (`models.graph_parts`). With P = softmax((logits + eta N) / tau), N of the Gumbel distribution,
+eta falling from 1 to 0 and tau from 1 to 0.1 over E epochs, each epoch is
+
+    w <- w - lr dL_train / dw                                   one path, that of the argmax of P
+    a <- a - lr dL_val / da                                     from epoch E_a on
+    q <- q - lr d(L_val + beta L_q) / dq                        from epoch E_q > E_a on
+    L_q = sum over parts of E_q[bits] elements / (32 elements in all), of weights and of activations
+
+with the gradients of `supernet`. The most likely options make the network that is trained from scratch on
+the training nodes; its weights are those of the epoch that is best on the validation nodes. More beta,
+fewer bits.
+
+Learning is transductive (`models.graph_block`): the model given holds the graph, an example is the number
+of a node. `task.train` is trained on, `task.calibration` validates, test nodes are not looked at.
+
+Differs from the paper: no code is published; formats, options and epochs are partly ours. Before E_q each
+part has the most bits on offer. w, a and q move at the same time, by the gradients at the weights before
+the step. A shortcut starts at the input of its own block, not of any earlier one. L_q counts the
+architecture of the draw, and its gradient reaches a as well. The logits of the most bits start ahead of the
+others (`search.supernet.AHEAD`). Ties of validation accuracy go to the lower loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from netweight.core.errors import BadInput, DoesNotFit
+from netweight.core.task import Data, Task
+from netweight.data.graphs import Graph
+from netweight.models.graph_block import Choice, GraphNetwork
+from netweight.models.graph_parts import Parts, bits_of, buffer_bits, rounded, shipped, weight_bits
+from netweight.models.trained import seeded
+from netweight.search.supernet import Options, Supernet
+from netweight.training.checkpoint import Checkpoint, Running
+from netweight.training.loop import Hooks, Loss, Moment, Training, train
+from netweight.training.trained import Trained, about, loss
+
+COLDEST = 0.1  # tau at the end
+KINDS = ("architecture", "roundings")
+
+
+@dataclass(frozen=True)
+class LPGNAS:
+    """Settings of `lpgnas`.
+
+    beta: what a bit costs against the loss. epochs: of the search (those of the final training are
+    `Training.epochs`). architecture_from, roundings_from: the shares of them after which a and q move. rate:
+    of the logits. base: the smallest width. weights, formats: what is on offer (`nn.fixed_point`).
+    """
+
+    beta: float = 0.1
+    epochs: int = 400
+    architecture_from: float = 0.25
+    roundings_from: float = 0.375
+    rate: float = 0.01
+    base: int = 16
+    weights: tuple[str, ...] = ("binary", "ternary", "4", "8")
+    formats: tuple[str, ...] = ("2.2", "4.4", "8.8")
+
+    def __post_init__(self) -> None:
+        if not (self.beta >= 0 and self.rate > 0 and self.epochs >= 1 and self.base >= 1):
+            raise BadInput(
+                f"beta={self.beta}, rate={self.rate}, epochs={self.epochs}, base={self.base}: beta is from 0 "
+                "on, the others above 0"
+            )
+        if self.base % 8 and self.base not in (1, 2, 4):
+            raise BadInput(f"base={self.base}: up to 8 heads have to divide it; give a multiple of 8")
+        if not 0 <= self.architecture_from <= self.roundings_from <= 1:
+            raise BadInput(
+                f"architecture_from={self.architecture_from}, roundings_from={self.roundings_from}: shares "
+                "from 0 to 1, the second not below the first"
+            )
+        if not (self.weights and self.formats):
+            raise BadInput("weights and formats name one rounding each at least, such as 4 and 4.4")
+        for part, names in (("linear", self.weights), ("input", self.formats)):
+            for name in names:
+                bits_of(part, name or "none")
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a search found: choice and roundings of every block."""
+
+    choices: tuple[Choice, ...]
+    parts: tuple[Parts, ...]
+
+    def told(self, graph: Graph) -> dict[str, Any]:
+        """The design with its sizes, ready for JSON. Bits of codes, without steps and biases."""
+        return {
+            "blocks": [asdict(choice) for choice in self.choices],
+            "roundings": [asdict(part) for part in self.parts],
+            "weight_bits": weight_bits(graph, self.choices, self.parts),
+            "buffer_bits": buffer_bits(graph, self.choices, self.parts),
+        }
+
+
+def lpgnas(
+    model: nn.Module,
+    task: Task,
+    how: Training,
+    settings: LPGNAS = LPGNAS(),
+    *,
+    keep: Checkpoint | None = None,
+) -> Trained:
+    """A network of as many blocks as the model, found and trained with rounded weights and activations.
+
+    Of the model its graph, blocks and dropout are taken, not its weights. Notes: the design, its sizes in
+    bits, the logits and the losses of the search, and validation accuracy. Raises `DoesNotFit` for a network
+    without a graph, and for data without nodes to train on and others to validate.
+    """
+    graph = graph_of(model, task)
+    keep = about(keep, "lpgnas", (settings, digest(graph)))
+    supernet, losses = searched(model, task, how, settings, keep=keep and keep.part("search"))
+    design = likeliest(supernet)
+    device = next(model.parameters()).device
+    found = fitted(graph, design, task, how, dropout=model.dropout, device=device, keep=keep)
+    notes = {**design.told(graph), **found.notes, "search_losses": list(losses)}
+    notes["logits"] = [
+        {name: p.tolist() for kind in KINDS for name, p in getattr(block, kind).items()}
+        for block in supernet.blocks
+    ]
+    return replace(found, notes=notes)
+
+
+def graph_of(model: nn.Module, task: Task) -> Graph:
+    """The graph of the model; raises `DoesNotFit` for a model or a task that has none of what is needed."""
+    if not isinstance(model, GraphNetwork):
+        raise DoesNotFit(
+            f"{type(model).__name__}: it holds no graph; lpgnas searches for a network on the graph of a "
+            "GraphNetwork (netweight.models.graph_block)"
+        )
+    if task.train is None:
+        raise DoesNotFit(
+            f"{task.calibration.name}: a search needs nodes to train on beside those that validate; give both"
+        )
+    for data in (task.train, task.calibration):
+        nodes = data.x
+        if data.y is None or nodes.ndim != 1 or nodes.is_floating_point():
+            raise DoesNotFit(
+                f"{data.name}: examples are numbers of nodes with a class each; give x `b`, y `b`"
+            )
+        if not 0 <= int(nodes.min()) <= int(nodes.max()) < model.graph.nodes:
+            raise DoesNotFit(f"{data.name}: {model.graph.name} has nodes 0 to {model.graph.nodes - 1} alone")
+        if not 0 <= int(data.y.min()) <= int(data.y.max()) < model.graph.classes:
+            raise DoesNotFit(
+                f"{data.name}: {model.graph.name} has classes 0 to {model.graph.classes - 1} alone"
+            )
+    return model.graph
+
+
+def digest(graph: Graph) -> str:
+    """What tells this graph from another, for checkpoints."""
+    seen = hashlib.sha256()
+    for tensor in (graph.edges, graph.offsets, graph.columns, graph.values):
+        seen.update(tensor.cpu().contiguous().numpy().tobytes())
+    return seen.hexdigest()
+
+
+# The search -----------------------------------------------------------------------------------------------
+
+
+def searched(
+    model: GraphNetwork, task: Task, how: Training, settings: LPGNAS, *, keep: Checkpoint | None = None
+) -> tuple[Supernet, tuple[float, ...]]:
+    """The supernet after the search, with its losses; weights move at `how.rate`."""
+    options = Options(settings.base, settings.weights, settings.formats)
+    with seeded(how.seed):
+        supernet = Supernet(model.graph, options, len(model.blocks), model.dropout)
+    supernet.to(next(model.parameters()).device)
+    plan = replace(how, epochs=settings.epochs)
+    hooks = Hooks(
+        groups=lambda net: groups(net, settings.rate / how.rate),
+        order=at_once(len(task.train)),
+        passes=alternating(task.calibration, settings, how.seed),
+    )
+    losses = train(supernet, task.train, one_path(settings, how.seed), plan, hooks=hooks, keep=keep)
+    return supernet, losses
+
+
+def groups(supernet: nn.Module, faster: float) -> list[dict[str, Any]]:
+    """Weights, and logits at a rate of their own without decay."""
+    logits = {id(p) for block in supernet.blocks for kind in KINDS for p in getattr(block, kind).values()}
+    weights = [p for p in supernet.parameters() if id(p) not in logits]
+    moved = [p for p in supernet.parameters() if id(p) in logits]
+    return [{"params": weights}, {"params": moved, "factor": faster, "weight_decay": 0.0}]
+
+
+def at_once(count: int) -> Callable[[torch.Generator], Sequence[Tensor]]:
+    """All nodes in one step: one pass over the graph gives the scores of them all."""
+    return lambda generator: [torch.arange(count)]
+
+
+def chance(seed: int, step: int, turn: int) -> torch.Generator:
+    """The noise of one draw, the same in every process and after a stop."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + turn)
+
+
+def annealed(epoch: int, settings: LPGNAS) -> tuple[float, float]:
+    """eta and tau of an epoch."""
+    left = 1 - epoch / max(settings.epochs - 1, 1)
+    return left, COLDEST + (1 - COLDEST) * left
+
+
+def rounds(epoch: int, settings: LPGNAS) -> bool:
+    """Whether roundings are drawn yet."""
+    return epoch >= settings.roundings_from * settings.epochs
+
+
+def one_path(settings: LPGNAS, seed: int) -> Loss:
+    """L_train of the network that a draw gives, without gradients to the logits."""
+
+    def value(supernet: nn.Module, x: Tensor, y: Tensor, at: Moment) -> Tensor:
+        picks = supernet.draw(chance(seed, at.step, 0), *annealed(at.epoch, settings))
+        picks = picks if rounds(at.epoch, settings) else supernet.widest(picks)
+        return F.cross_entropy(supernet(x, picks).float(), y)
+
+    return value
+
+
+def alternating(
+    validation: Data, settings: LPGNAS, seed: int
+) -> Callable[[Running, Callable[[], Tensor], Moment], Tensor]:
+    """`Hooks.passes`: the weights' gradients on training nodes, then the logits' on validation nodes."""
+
+    def passes(run: Running, once: Callable[[], Tensor], at: Moment) -> Tensor:
+        value = once()
+        if at.epoch < settings.architecture_from * settings.epochs:
+            return value
+        supernet, learnt = run.model, KINDS if rounds(at.epoch, settings) else KINDS[:1]
+        supernet.eval()  # no dropout where options are judged
+        picks = supernet.draw(chance(seed, at.step, 1), *annealed(at.epoch, settings), learnt)
+        picks = picks if len(learnt) == 2 else supernet.widest(picks)
+        x, y = validation.x.to(next(supernet.parameters()).device), validation.y
+        found = F.cross_entropy(supernet(x, picks).float(), y.to(x.device))
+        found = found + settings.beta * supernet.share(picks) if len(learnt) == 2 else found
+        logits = [p for kind in learnt for p in supernet.logits(kind)]
+        moves = torch.autograd.grad(run.scaler.scale(found), logits, allow_unused=True)
+        for p, move in zip(logits, moves):
+            p.grad = move
+        supernet.train()
+        return value
+
+    return passes
+
+
+def likeliest(supernet: Supernet) -> Design:
+    """The most likely option of every decision."""
+    picks = supernet.draw(None, 0.0, COLDEST)
+    return Design(
+        supernet.choices(picks), tuple(block.parts(each) for block, each in zip(supernet.blocks, picks))
+    )
+
+
+# The network that was found -------------------------------------------------------------------------------
+
+
+class Best(nn.Module):
+    """The weights of the epoch that was best on the validation nodes, kept from step to step."""
+
+    score: Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = [*model.state_dict()]
+        self.register_buffer("score", torch.tensor([-1.0, 0.0], dtype=torch.float64))
+        for index, tensor in enumerate(model.state_dict().values()):
+            self.register_buffer(f"kept_{index}", tensor.clone())
+
+    @torch.no_grad()
+    def look(self, model: nn.Module, data: Data) -> None:
+        """Keep the weights if they are better: more nodes right, or as many with a lower loss."""
+        was_training = model.training
+        x = data.x.to(next(model.parameters()).device)
+        logits = model.eval()(x).float()
+        y = data.y.to(x.device)
+        right = (logits.argmax(1) == y).double().mean()
+        score = torch.stack([right.cpu(), -F.cross_entropy(logits, y).double().cpu()])
+        if score.tolist() > self.score.tolist():
+            self.score.copy_(score)
+            for index, tensor in enumerate(model.state_dict().values()):
+                getattr(self, f"kept_{index}").copy_(tensor)
+        model.train(was_training)
+
+    def put_back(self, model: nn.Module) -> None:
+        """Give the model the weights that were kept."""
+        model.load_state_dict({name: getattr(self, f"kept_{i}") for i, name in enumerate(self.names)})
+
+
+def fitted(
+    graph: Graph,
+    design: Design,
+    task: Task,
+    how: Training,
+    *,
+    dropout: float = 0.5,
+    device: torch.device | str = "cpu",
+    keep: Checkpoint | None = None,
+) -> Trained:
+    """The network of a design, trained from scratch on `task.train` with its parts rounded."""
+    with seeded(how.seed):
+        network = GraphNetwork(graph, design.choices, dropout=dropout)
+    model = rounded(network, design.parts).to(device)
+    best = Best(model)
+
+    def after(run: Running, at: Moment) -> None:
+        best.look(run.model, task.calibration)
+
+    hooks = Hooks(order=at_once(len(task.train)), after=after, state=best)
+    losses = train(model, task.train, loss, how, hooks=hooks, keep=keep)
+    best.put_back(model)
+    plain, change = shipped(model)
+    return Trained(plain, change, losses, {"validation_accuracy": float(best.score[0])})
