@@ -34,7 +34,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from netweight.core.ascent import around_inputs, slope
+from netweight.core.ascent import around_inputs, per_example, slope
 from netweight.core.errors import unknown
 from netweight.core.perturbation import L1, L2, Box, Found, Linf, Perturbation
 from netweight.core.victim import Victim, margin, victim
@@ -196,7 +196,7 @@ def _climb(
 def _moved(
     run: Run, x: Float[Tensor, "k *in"], within: Linf | L2 | L1 | Box, *, inertia: bool
 ) -> Float[Tensor, "k *in"]:
-    size = _as(run.size, x)
+    size = per_example(run.size, x)
     d = sparse(run.slope, run.share, within.eps) if isinstance(within, L1) else within.steepest(run.slope, x)
     z = within.project(run.s + size * d, x)
     if not inertia or isinstance(within, L1):
@@ -241,7 +241,3 @@ def checkpoints(steps: int, *, sparse: bool = False) -> set[int]:
     while shares[-1] < 1:
         shares.append(shares[-1] + max(shares[-1] - shares[-2] - 0.03, 0.06))
     return {math.ceil(share * steps) for share in shares[1:]}
-
-
-def _as(value: Float[Tensor, " k"], x: Float[Tensor, "k *in"]) -> Float[Tensor, "k *in"]:
-    return value.reshape(-1, *[1] * (x.ndim - 1))

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from netweight.core.ascent import around_inputs, slope
+from netweight.core.ascent import around_inputs, per_example, slope
 from netweight.core.errors import DoesNotFit
 from netweight.core.perturbation import Box, Found, Perturbation
 from netweight.core.victim import Victim, victim
@@ -91,7 +91,7 @@ def _step(
         w = _movable(slope(gap, s, keep=True), s.detach(), valid)
         far, way = _shortest(gap.detach(), w, norm)
         closer = far < nearest
-        nearest, step = torch.where(closer, far, nearest), torch.where(_as(closer, s), way, step)
+        nearest, step = torch.where(closer, far, nearest), torch.where(per_example(closer, s), way, step)
     return step.detach(), wrong
 
 
@@ -119,7 +119,3 @@ def _shortest(
         way = torch.zeros_like(flat).scatter(1, place[:, None], flat.gather(1, place[:, None]).sign())
     far = gap.abs() / length.clamp(min=1e-12)
     return far, (OVERSHOOT * (far + 1e-6)[:, None] * way).reshape(w.shape)
-
-
-def _as(mask: Tensor, s: Tensor) -> Tensor:
-    return mask.reshape(-1, *[1] * (s.ndim - 1))

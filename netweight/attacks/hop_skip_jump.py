@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int, Num
 from torch import Tensor, nn
 
-from netweight.core.ascent import around_inputs
+from netweight.core.ascent import around_inputs, per_example
 from netweight.core.errors import DoesNotFit
 from netweight.core.perturbation import L1, L2, Box, Found, Linf, Perturbation
 from netweight.core.victim import Victim, victim
@@ -104,15 +104,15 @@ def _bisect(
 
     def at(share: Tensor) -> Tensor:
         if isinstance(within, Linf):
-            reach = _as(share * whole, s)
+            reach = per_example(share * whole, s)
             return torch.maximum(torch.minimum(s, x + reach), x - reach)
-        return x + _as(share, s) * (s - x)
+        return x + per_example(share, s) * (s - x)
 
     for _ in range(min(24, math.ceil(-math.log2(theta)))):
         middle = 0.5 * (right + wrong_at)
         wrong = v.wrong(at(middle), rows)
         right, wrong_at = torch.where(wrong, right, middle), torch.where(wrong, middle, wrong_at)
-    return torch.where(_as(wrong_at < 1, s), at(wrong_at), s)
+    return torch.where(per_example(wrong_at < 1, s), at(wrong_at), s)
 
 
 def _direction(
@@ -135,15 +135,19 @@ def _direction(
     count = int(SAMPLES * math.sqrt(t))
     for _ in range(count):
         u = torch.randn(s.shape, generator=generator).to(s)
-        u = u / _as(u.flatten(1).norm(dim=1), s)
-        tried = _valid(s + _as(delta, s) * u, within)
-        u = (tried - s) / _as(delta.clamp(min=1e-30), s)
+        u = u / per_example(u.flatten(1).norm(dim=1), s)
+        tried = _valid(s + per_example(delta, s) * u, within)
+        u = (tried - s) / per_example(delta.clamp(min=1e-30), s)
         phi = 2.0 * v.wrong(tried, rows) - 1
-        total, weighted, signs = total + u, weighted + _as(phi, s) * u, signs + phi
+        total, weighted, signs = total + u, weighted + per_example(phi, s) * u, signs + phi
     mean = signs / count
-    way = torch.where(_as(mean.abs() == 1, s), _as(mean, s) * total, weighted - _as(mean, s) * total)
+    way = torch.where(
+        per_example(mean.abs() == 1, s), per_example(mean, s) * total, weighted - per_example(mean, s) * total
+    )
     return (
-        way.sign() if isinstance(within, Linf) else way / _as(way.flatten(1).norm(dim=1).clamp(min=1e-30), s)
+        way.sign()
+        if isinstance(within, Linf)
+        else way / per_example(way.flatten(1).norm(dim=1).clamp(min=1e-30), s)
     )
 
 
@@ -163,7 +167,7 @@ def _jump(
         at = (~done).nonzero()[:, 0]
         if len(at) == 0:
             break
-        tried = _valid(s[at] + _as(size[at], s) * way[at], within)
+        tried = _valid(s[at] + per_example(size[at], s) * way[at], within)
         wrong = v.wrong(tried, rows[at])
         moved[at[wrong]], done[at[wrong]] = tried[wrong], True
         size = 0.5 * size
@@ -172,7 +176,3 @@ def _jump(
 
 def _valid(s: Float[Tensor, "k *in"], within: Ball) -> Float[Tensor, "k *in"]:
     return s if within.low is None and within.high is None else s.clamp(within.low, within.high)
-
-
-def _as(value: Tensor, s: Tensor) -> Tensor:
-    return value.reshape(-1, *[1] * (s.ndim - 1))

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from netweight.core.ascent import around_inputs
+from netweight.core.ascent import around_inputs, per_example
 from netweight.core.perturbation import L1, L2, Box, Found, Linf, Perturbation
 from netweight.core.victim import margin, victim
 
@@ -62,7 +62,7 @@ def square(
                 scores = v.scores(tried)
                 reached, found = scores.argmax(1) != v.of[rows], margin(scores, v.of[rows])
                 better = reached | (found > value)
-                s = torch.where(better.reshape(-1, *[1] * (s.ndim - 1)), tried, s)
+                s = torch.where(per_example(better, s), tried, s)
                 value = torch.where(better, found, value)
                 gained = reached | (value > best[rows])
                 points[rows[gained]], best[rows[gained]], hit[rows] = s[gained], value[gained], reached

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from netweight.core.errors import DoesNotFit
@@ -71,3 +71,8 @@ def around_inputs(within: Perturbation) -> Linf | L2 | L1 | Box:
     if not isinstance(within, Linf | L2 | L1 | Box):
         raise DoesNotFit(f"{within} is no set of inputs; give one of linf, l2, l1 to search around an input")
     return within
+
+
+def per_example(value: Shaped[Tensor, " b"], s: Float[Tensor, "b *in"]) -> Shaped[Tensor, "b ..."]:
+    """One number for each example, in a shape that multiplies s."""
+    return value.reshape(-1, *[1] * (s.ndim - 1))

@@ -17,14 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from netweight.core.compressed import WEIGHTED, Change, Packed
 from netweight.core.errors import DoesNotFit
 from netweight.core.task import Task
 from netweight.nn.layers import weights_to_pack
+from netweight.nn.nm_sparse import Pattern, mask, stored
 from netweight.nn.packed import NM
 
 
@@ -60,18 +60,5 @@ def nm_magnitude(model: nn.Module, task: Task, layers: Sequence[str], settings: 
 
 
 def encode(weight: Float[Tensor, "out in *kernel"], keep: int, of: int) -> NM:
-    """w' as it is stored: the kept values and their places."""
-    groups = in_groups(weight, of)
-    places = largest(groups, keep)
-    return NM.of(groups.gather(1, places.long()), places, of, tuple(weight.shape))
-
-
-def in_groups(weight: Float[Tensor, "out in *kernel"], of: int) -> Float[Tensor, "group of"]:
-    """One row for each group of `of` consecutive inputs, at one output and one kernel position."""
-    return weight.movedim(1, -1).reshape(-1, of)
-
-
-def largest(groups: Float[Tensor, "group of"], keep: int) -> UInt8[Tensor, "group keep"]:
-    """Places where m is 1, ascending. Ties go to the lower place, hence the same on every device."""
-    order = groups.abs().argsort(dim=1, descending=True, stable=True)
-    return order[:, :keep].sort(dim=1).values.to(torch.uint8)
+    """w' as it is stored: the kept values and their places; of equals the lower place stays."""
+    return stored(weight, mask(weight, Pattern(keep, of)), of)
