@@ -233,36 +233,41 @@ def times(arms: Arms, test: Data, runs: int) -> tuple[Mapping[str, float], dict[
 
 @torch.no_grad()
 def sweep(arms: Arms, seed: int, turns: int) -> tuple[list[Bar], dict[str, Any]]:
-    """CPU time of BranchyNet and CBNet by the share of hard images: a line through each."""
-    calls: dict[str, Callable[[], object]] = {}
+    """CPU time of BranchyNet and CBNet by the share of hard images: a line through each turn."""
+    calls: dict[str, list[Callable[[], object]]] = {"BranchyNet": [], "CBNet": []}
     for share in SHARES:
         x = mixed(digits.test(), share, seed)[0].x
-        calls |= {f"BranchyNet {share}": partial(arms.net.route, x), f"CBNet {share}": partial(arms.tuned, x)}
-    found = fastest(calls, turns)
-    took = {name: [found[f"{name} {share}"] for share in SHARES] for name in ("BranchyNet", "CBNet")}
-    growth, straight = line(took["BranchyNet"])
+        calls["BranchyNet"].append(partial(arms.net.route, x))
+        calls["CBNet"].append(partial(arms.tuned, x))
+    took = {name: in_turns(each, turns) for name, each in calls.items()}
+    growth = {name: growths(seconds) for name, seconds in took.items()}
+    medians = {name: np.median(seconds, axis=0) for name, seconds in took.items()}
+    straight = float(np.corrcoef(SHARES, medians["BranchyNet"])[0, 1] ** 2)
     bars = [
-        Bar("BranchyNet: growth of time from 0 to 100 % hard", growth, 0.0, "at least"),
+        Bar("BranchyNet: growth of time from 0 to 100 % hard", growth["BranchyNet"], 0.0, "at least"),
         Bar("BranchyNet: r^2 of time by share of hard images", straight, 0.9, "at least"),
-        Bar("CBNet: change of time from 0 to 100 % hard", abs(line(took["CBNet"])[0]), 0.05, "at most"),
+        Bar("CBNet: change of time from 0 to 100 % hard", abs(growth["CBNet"]), 0.05, "at most"),
     ]
-    return bars, {f"CPU seconds at {', '.join(f'{s:.0%}' for s in SHARES)} hard": took}
+    shares = ", ".join(f"{share:.0%}" for share in SHARES)
+    return bars, {f"CPU seconds at {shares} hard": {name: each.tolist() for name, each in medians.items()}}
 
 
-def fastest(calls: Mapping[str, Callable[[], object]], turns: int) -> dict[str, float]:
-    """The least CPU seconds of each call, in turns on one thread: what other work on the machine adds is left
-    out."""
-    least = dict.fromkeys(calls, math.inf)
+def in_turns(calls: list[Callable[[], object]], turns: int) -> Float[np.ndarray, "turns calls"]:
+    """CPU seconds of each call in each turn, on one thread."""
+    seconds = np.empty((turns, len(calls)))
     with seeded(0):
-        for _ in range(turns):
-            for name, call in calls.items():
+        for turn in range(turns):
+            for at, call in enumerate(calls):
                 start = time.process_time()
                 call()
-                least[name] = min(least[name], time.process_time() - start)
-    return least
+                seconds[turn, at] = time.process_time() - start
+    return seconds
 
 
-def line(seconds: list[float]) -> tuple[float, float]:
-    """(growth from the first share to the last over the line's begin, r^2) of the best line."""
-    slope, begin = np.polyfit(SHARES, seconds, 1)
-    return float(slope / begin), float(np.corrcoef(SHARES, seconds)[0, 1] ** 2)
+def growths(seconds: Float[np.ndarray, "turns shares"]) -> float:
+    """Growth from the first share to the last over the line's begin, a line through each turn; the median.
+
+    What slows the machine for a while slows all calls of a turn, and drops out.
+    """
+    slope, begin = np.polyfit(SHARES, seconds.T, 1)
+    return float(np.median(slope / begin))
