@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from netweight.core.graph import macs
 from netweight.data import digits
 from netweight.reproduce import cbnet as reproduction
 
