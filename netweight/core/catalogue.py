@@ -300,6 +300,11 @@ SYSTEMS = (
         "netweight.training.cbnet:CBNet", ("inputs", "autoencoder", "early exit", "energy"),
     ),
     System(
+        "tbt", "Binary and Ternary Natural Language Generation", "ACL", 2023, "training",
+        "netweight.training.tbt:tbt", "netweight.reproduce.tbt", "netweight.training.tbt:TBT",
+        ("weights", "activations", "grid", "distillation", "transformer"),
+    ),
+    System(
         "bdwp", "Efficient N:M Sparse DNN Training Using Algorithm, Architecture, and Dataflow Co-Design",
         "IEEE TCAD", 2023, "training", "netweight.training.bdwp:bdwp", "netweight.reproduce.bdwp",
         "netweight.training.bdwp:BDWP", ("weights", "pruning", "N:M", "accelerator"),

@@ -19,13 +19,16 @@ from torch import Tensor
 
 from netweight.core.errors import BadInput, unknown
 
+IGNORED = -100  # a label that counts for nothing (padding), as in torch's cross-entropy
+
 
 @dataclass(frozen=True, eq=False)
 class Data:
     """Examples in memory, handed out as (x, y) batches as often as asked, always in the same order.
 
     x: `b *in`, floating point in the units of the data (images: 0 to 1), or int64 token ids.
-    y: `b` class numbers, `b t` next tokens, `b *out` float targets, or None where there are no labels.
+    y: `b` class numbers, `b t` next tokens (`IGNORED` where there is none), `b *out` float targets, or None
+    where there are no labels.
     batch: examples per batch; the last batch may be smaller.
     low, high: the range that a valid input lies in (0 and 1 for images), None where there is none.
     memo: room for what is computed once per data set (see `core.moments.grams`); never part of equality.
@@ -102,13 +105,20 @@ class Metric:
 def correct(outputs: Tensor, y: Tensor) -> Tensor:
     """1 where the largest output is y's; for sequences (`b t k`) the share of right tokens."""
     right = (outputs.argmax(-1) == y).float()
-    return right if right.ndim == 1 else right.flatten(1).mean(1)
+    return right if right.ndim == 1 else over_tokens(right, y)
 
 
 def token_loss(outputs: Tensor, y: Tensor) -> Tensor:
     """Mean negative log-likelihood of y in nats, one number per example; `b k` or `b t k` outputs."""
-    log_p = outputs.float().log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
-    return -log_p if log_p.ndim == 1 else -log_p.flatten(1).mean(1)
+    which = y if y.ndim == 1 else y.masked_fill(y == IGNORED, 0)
+    log_p = outputs.float().log_softmax(-1).gather(-1, which.unsqueeze(-1)).squeeze(-1)
+    return -log_p if log_p.ndim == 1 else -over_tokens(log_p, y)
+
+
+def over_tokens(values: Tensor, y: Tensor) -> Tensor:
+    """The mean of each example's values `b t` over its labels but `IGNORED`; 0 where there are none."""
+    kept = (y != IGNORED).flatten(1)
+    return values.flatten(1).where(kept, 0).sum(1) / kept.sum(1).clamp(min=1)
 
 
 def squared_error(outputs: Tensor, y: Tensor) -> Tensor:

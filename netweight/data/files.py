@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from netweight.core.errors import BadInput, DoesNotFit, NetweightError, unknown
-from netweight.core.task import Data
-from netweight.data import arrays, digits, folders, graphs, images, sms, tables, text
+from netweight.core.task import IGNORED, Data
+from netweight.data import arrays, constructed, digits, folders, graphs, images, sms, tables, text
 from netweight.data.shared import shared_data as shared_data
 from netweight.data.split import Split, at_random, in_order
 
-BUILT_IN = ("digits", "cifar10", "mnist", "wikitext2", "shakespeare", "sms-spam", *graphs.NAMES)
+BUILT_IN = (
+    "digits", "cifar10", "mnist", "wikitext2", "shakespeare", "sms-spam", constructed.NAME, *graphs.NAMES,
+)  # fmt: skip
 TEXT_CALIBRATION, TEXT_TEST = 128, 256  # windows of WikiText-2, spread over the whole texts
 SMS_CALIBRATION = 512  # messages
 TRAIN = 10_000  # images of the large built-in sets that `Split.train` holds
@@ -59,6 +61,8 @@ def _built_in(name: str, model: nn.Module | None, length: int) -> Split:
     """The parts of a set of `BUILT_IN`."""
     if name in graphs.NAMES:
         return graphs.parts(name)
+    if name == constructed.NAME:
+        return constructed.parts()
     if name == "digits":
         return Split(digits.calibration(), digits.test(), digits.train)
     if name in ("cifar10", "mnist"):
@@ -136,6 +140,9 @@ def _check_labels(y: Tensor, out: Tensor, name: str) -> None:
         raise BadInput(
             f"{name}: labels {_shape(y)} for outputs {_shape(out)}; give one class number per row of outputs"
         )
+    y = y[y != IGNORED] if y.ndim > 1 else y
+    if not len(y):
+        raise BadInput(f"{name}: all labels are {IGNORED}, which counts for nothing; give class numbers")
     low, high = int(y.min()), int(y.max())
     if low < 0 or high >= out.shape[-1]:
         raise BadInput(

@@ -21,6 +21,7 @@ from netweight.core.origin import Origin, mark, named, origin_of
 
 BUILT_IN = {  # name: the function that gives it, trained
     "digits-cnn": "netweight.models.digits_cnn:digits_cnn",
+    "digits-vit": "netweight.models.digits_vit:digits_vit",
     "resnet20": "netweight.models.resnet_cifar:resnet20",
     "resnet32": "netweight.models.resnet_cifar:resnet32",
     "resnet44": "netweight.models.resnet_cifar:resnet44",
@@ -28,10 +29,12 @@ BUILT_IN = {  # name: the function that gives it, trained
     "small-llama-quick": "netweight.models.llama:quick_llama",
     "small-opt": "netweight.models.opt:small_opt",
     "small-opt-quick": "netweight.models.opt:quick_opt",
+    "small-bart": "netweight.models.small_bart:translator",
     "bert-tiny": "netweight.models.bert_tiny:bert_tiny",
 }
 ARCHITECTURE = {  # name: the function that gives it with random weights, from the files of its origin
     "digits-cnn": "netweight.models.digits_cnn:skeleton",
+    "digits-vit": "netweight.models.digits_vit:skeleton",
     "resnet20": "netweight.models.resnet_cifar:skeleton",
     "resnet32": "netweight.models.resnet_cifar:skeleton",
     "resnet44": "netweight.models.resnet_cifar:skeleton",
@@ -39,6 +42,7 @@ ARCHITECTURE = {  # name: the function that gives it with random weights, from t
     "small-llama-quick": "netweight.models.llama:skeleton",
     "small-opt": "netweight.models.opt:skeleton",
     "small-opt-quick": "netweight.models.opt:skeleton",
+    "small-bart": "netweight.models.small_bart:skeleton",
 }
 PICKLED = (".pt", ".pth", ".th", ".bin", ".pkl", ".ckpt")
 FACTORY = "package.module:factory[@weights.safetensors]"

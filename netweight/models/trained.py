@@ -40,7 +40,7 @@ def trained(
         if not _filled(model, key):
             train(model)
             with contextlib.suppress(OSError, BadInput):
-                io.write_tensors(cached_file(key), model.state_dict())
+                io.write_tensors(cached_file(key), {n: t.clone() for n, t in model.state_dict().items()})
     return model.eval()
 
 

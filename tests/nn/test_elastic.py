@@ -58,17 +58,26 @@ def test_values_and_gradients_are_the_definition(bits, signed, seed, a):
 
 
 @pytest.mark.parametrize(("bits", "signed"), KINDS)
-def test_it_begins_where_the_paper_says_and_only_once(bits, signed):
+def test_it_begins_where_it_is_said_and_only_once(bits, signed):
     rounding, x = Elastic(bits, signed=signed), numbers(1)
     rounding.eval()(x)
-    start = 2.0 if signed else 4 / math.sqrt(2**bits - 1)
-    assert float(rounding.step) == pytest.approx(start * float(x.abs().mean()))
+    start = float(bits) if signed else 4 / math.sqrt(2**bits - 1)
+    assert float(rounding.step.detach()) == pytest.approx(start * float(x.abs().mean()))
     rounding(x * 10)
     copy.deepcopy(rounding)(x * 10)
-    assert float(rounding.step) == pytest.approx(start * float(x.abs().mean()))
+    assert float(rounding.step.detach()) == pytest.approx(start * float(x.abs().mean()))
     again = Elastic(bits, signed=signed)
     again.load_state_dict(rounding.state_dict())
     assert torch.equal(again.eval()(x), rounding(x))
+
+
+def test_signs_begin_where_the_squared_error_is_least():
+    x, rounding = numbers(2), Elastic(1)
+    x = x[x != 0]
+    error = (x - rounding.eval()(x)).square().sum()
+    a = float(rounding.step.detach())
+    for other in (0.5 * a, 0.9 * a, 1.1 * a, 2 * a):
+        assert error < (x - other * x.sign()).square().sum()
 
 
 @pytest.mark.parametrize(("bits", "signed"), KINDS)
@@ -103,7 +112,7 @@ def test_a_step_never_gets_to_zero():
     rounding(torch.zeros(3))
     with torch.no_grad():
         rounding.step.fill_(-1.0)
-    assert rounding(torch.ones(3)).isfinite().all() and float(rounding.size()) > 0
+    assert rounding(torch.ones(3)).isfinite().all() and float(rounding.size().detach()) > 0
 
 
 def test_zero_counts_as_positive_and_gradients_of_signs_stop_at_the_step():
