@@ -290,6 +290,11 @@ SYSTEMS = (
         ("growth", "templates"),
     ),
     System(
+        "ofq", "Oscillation-free Quantization for Low-bit Vision Transformers", "ICML", 2023, "training",
+        "netweight.training.ofq:ofq", "netweight.reproduce.ofq", "netweight.training.ofq:OFQ",
+        ("weights", "activations", "grid", "attention", "distillation"),
+    ),
+    System(
         "gaqat", "GAQAT: Gradient-adaptive Quantization-aware Training for Domain Generalization", "arXiv",
         2024, "training", "netweight.training.gaqat:gaqat", "netweight.reproduce.gaqat",
         "netweight.training.gaqat:GAQAT", ("weights", "activations", "grid", "domains", "sharpness"),
