@@ -8,8 +8,9 @@ for weights and 8 or 2 for inputs. All arms have the same steps, batches and inp
 learnt step size per row that starts at StatsQ's; LSQ per row; StatsQ with QKR. Then 120 more steps of 64
 images at 5e-4 by CGA, or the same steps plainly; accuracies of CGA are means over the second half of these.
 
-The thesis is tested, not the ten points: at this size all arms are close to each other. Oscillations are
-compared on one and the same grid alone, where they can be. Accuracies are means over orders of the batches. Quick: 158 steps, then 80 for bar 2 alone.
+The thesis is tested, not the ten points: at this size all arms are close to each other. Accuracies are means
+over orders of the batches. Oscillations are compared on one and the same grid alone, where they can be.
+Quick: 158 steps, then 80 for bar 2 alone.
 """
 
 from __future__ import annotations
