@@ -35,7 +35,7 @@ from netweight.core.result import Bar
 from netweight.core.task import Task
 
 IMAGES, TURNS = 64, 5
-RADII = (0.5 / 255, 2 / 255)
+RADII = (1 / 255, 2 / 255)
 PGD_STEPS, APGD_STEPS = 20, 50
 QUICKER, MORE = 1.3, 0.005  # of images per second; of robust accuracy above AutoAttack's
 PEERS = {"foolbox": "pip install foolbox", "torchattacks": "pip install --no-deps torchattacks"}
