@@ -129,7 +129,7 @@ def rows(wrong: Bool[Tensor, "b 2 points"], how: str, *, labelled: bool = True) 
         "shares gained and lost on the same examples, Clopper-Pearson each", "float32", "share",
     )  # fmt: skip
     carried = [
-        _share(f"held on {whose}'s points", ~wrong[:, :, at], f"{how}, on the {whose} network alone")
+        _share(f"on points of {whose}", ~wrong[:, :, at], f"{how}, on the {whose} network alone")
         for at, whose in enumerate(("original", "compressed"))
     ]
     return [held, change, *carried]
