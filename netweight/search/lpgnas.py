@@ -13,8 +13,9 @@ eta falling from 1 to 0 and tau from 1 to 0.1 over E epochs, each epoch is
     L_q = sum over parts of E_q[bits] elements / (32 elements in all), of weights and of activations
 
 with the gradients of `supernet`. The most likely options make the network that is trained from scratch on
-the training nodes; its weights are those of the epoch that is best on the validation nodes. More beta,
-fewer bits.
+the training nodes; its weights are those of the epoch that is best on the validation nodes. With `designs`
+above 1, networks drawn from softmax(logits) that are no larger are trained beside it, and the one that is
+best on the validation nodes is kept. More beta, fewer bits.
 
 Learning is transductive (`models.graph_block`): the model given holds the graph, an example is the number
 of a node. `task.train` is trained on, `task.calibration` validates, test nodes are not looked at.
@@ -23,7 +24,8 @@ Differs from the paper: no code is published; formats, options and epochs are pa
 part has the most bits on offer. w, a and q move at the same time, by the gradients at the weights before
 the step. A shortcut starts at the input of its own block, not of any earlier one. L_q counts the
 architecture of the draw, and its gradient reaches a as well. The logits of the most bits start ahead of the
-others (`search.supernet.AHEAD`). Ties of validation accuracy go to the lower loss.
+others (`search.supernet.AHEAD`). More designs than the likeliest are ours.
+Ties of validation accuracy go to the lower loss.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from netweight.core.errors import BadInput, DoesNotFit
+from netweight.core.progress import steps
 from netweight.core.task import Data, Task
 from netweight.data.graphs import Graph
 from netweight.models.graph_block import Choice, GraphNetwork
@@ -58,7 +61,9 @@ class LPGNAS:
 
     beta: what a bit costs against the loss. epochs: of the search (those of the final training are
     `Training.epochs`). architecture_from, roundings_from: the shares of them after which a and q move. rate:
-    of the logits. base: the smallest width. weights, formats: what is on offer (`nn.fixed_point`).
+    of the logits. base: the smallest width. weights, formats: what is on offer (`nn.fixed_point`). designs:
+    how many are trained at the end, the likeliest and others that are drawn and no larger, of which the best
+    on the validation nodes is kept.
     """
 
     beta: float = 0.1
@@ -69,6 +74,7 @@ class LPGNAS:
     base: int = 16
     weights: tuple[str, ...] = ("binary", "ternary", "4", "8")
     formats: tuple[str, ...] = ("2.2", "4.4", "8.8")
+    designs: int = 1
 
     def __post_init__(self) -> None:
         if not (self.beta >= 0 and self.rate > 0 and self.epochs >= 1 and self.base >= 1):
@@ -83,6 +89,8 @@ class LPGNAS:
                 f"architecture_from={self.architecture_from}, roundings_from={self.roundings_from}: shares "
                 "from 0 to 1, the second not below the first"
             )
+        if self.designs < 1:
+            raise BadInput(f"designs={self.designs}: one is trained at least")
         if not (self.weights and self.formats):
             raise BadInput("weights and formats name one rounding each at least, such as 4 and 4.4")
         for part, names in (("linear", self.weights), ("input", self.formats)):
@@ -124,9 +132,19 @@ def lpgnas(
     graph = graph_of(model, task)
     keep = about(keep, "lpgnas", (settings, digest(graph)))
     supernet, losses = searched(model, task, how, settings, keep=keep and keep.part("search"))
-    design = likeliest(supernet)
     device = next(model.parameters()).device
-    found = fitted(graph, design, task, how, dropout=model.dropout, device=device, keep=keep)
+    design, found = best_of(
+        designs(supernet, settings.designs, how.seed),
+        lambda design, number: fitted(
+            graph,
+            design,
+            task,
+            how,
+            dropout=model.dropout,
+            device=device,
+            keep=keep and keep.part(f"design-{number}"),
+        ),
+    )
     notes = {**design.told(graph), **found.notes, "search_losses": list(losses)}
     notes["logits"] = [
         {name: p.tolist() for kind in KINDS for name, p in getattr(block, kind).items()}
@@ -262,6 +280,34 @@ def likeliest(supernet: Supernet) -> Design:
     return Design(
         supernet.choices(picks), tuple(block.parts(each) for block, each in zip(supernet.blocks, picks))
     )
+
+
+DRAWS = 200  # that are looked at, for as many designs as are wanted
+
+
+def designs(supernet: Supernet, count: int, seed: int) -> list[Design]:
+    """The likeliest design, and others drawn in proportion to the logits that are no larger, none twice.
+
+    count: how many at most; fewer where `DRAWS` draws do not give as many.
+    """
+    found = [likeliest(supernet)]
+    most = weight_bits(supernet.graph, found[0].choices, found[0].parts)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(DRAWS if count > 1 else 0):
+        picks = supernet.draw(generator, 1.0, 1.0)
+        parts = tuple(block.parts(each) for block, each in zip(supernet.blocks, picks))
+        design = Design(supernet.choices(picks), parts)
+        if design not in found and weight_bits(supernet.graph, design.choices, parts) <= most:
+            found.append(design)
+        if len(found) == count:
+            break
+    return found
+
+
+def best_of(designs: Sequence[Design], fit: Callable[[Design, int], Trained]) -> tuple[Design, Trained]:
+    """The design that is best on the validation nodes once trained, the first of several. fit: by number."""
+    found = [(design, fit(design, number)) for number, design in enumerate(steps(designs, "Designs"))]
+    return max(found, key=lambda pair: pair[1].notes["validation_accuracy"])
 
 
 # The network that was found -------------------------------------------------------------------------------

@@ -5,9 +5,12 @@ Reparameterization with Gumbel-Softmax", ICLR 2017, arXiv:1611.01144),
 
     p = softmax((l + eta N) / tau),        the option that runs is k = argmax p.
 
-Backwards, an architecture's choice counts as y (1 + p_k - [p_k]), [.] without gradient, so that one path is
-computed; a rounding's as sum_m (1[m = k] + p_m - [p_m]) Q_m(x), all of them. With one weight for every width,
-the narrower networks use its first rows and columns; heads cut the same rows otherwise.
+Backwards, what a decision gives counts as sum_m (1[m = k] + p_m - [p_m]) y_m, [.] without gradient, over all
+options m: of attention, aggregation, activation, shortcut and rounding alike. (Were only y_k computed and
+counted as y_k (1 + p_k - [p_k]), the gradient would say whether y_k should be larger, whatever the other
+options are, and what is drawn first would grow.) The number of heads alone counts so, since it cuts the same
+rows otherwise. With one weight for every width, the narrower networks use its first rows and columns. Where
+no gradient is asked of the logits, one path is computed.
 """
 
 from __future__ import annotations
@@ -150,19 +153,26 @@ class MixedBlock(nn.Module):
         left, right = (
             rounded("vectors", v[:out].reshape(choice.heads, each)) for v in (self.left, self.right)
         )
-        c = coefficients(choice.attention, z, left, right, near) * picks["attention"].gate()
-        found = aggregated(choice.aggregate, rounded("links", c), z, near)
-        found = rounded("sums", found * picks["aggregate"].gate() * picks["heads"].gate())
+        c = self.chosen("attention", picks, lambda name: coefficients(name, z, left, right, near))
+        c = rounded("links", c)
+        found = self.chosen("aggregate", picks, lambda name: aggregated(name, c, z, near))
+        found = rounded("sums", found * picks["heads"].gate())
         found = found.mean(-2) if self.options.last else found.flatten(-2)
         found = found + self.bias[: found.shape[-1]]
-        if choice.shortcut:
-            weight = rounded("shortcut", self.shortcut[: found.shape[-1], :before])
-            found = found + times(h, weight) * picks["skip"].gate()
-        else:
-            found = found * picks["skip"].gate()
+        weight = self.shortcut[: found.shape[-1], :before]
+        found = found + self.chosen(
+            "skip", picks, lambda there: times(h, rounded("shortcut", weight)) if there else 0.0
+        )
         if self.options.last:
             return found
-        return ACTIVATIONS[choice.activation](found) * picks["activation"].gate()
+        return self.chosen("activation", picks, lambda name: ACTIVATIONS[name](found))
+
+    def chosen(self, name: str, picks: Picks, of: Callable[[Any], Any]) -> Any:
+        """What the option that runs gives, with the gradients of all of them."""
+        pick, options = picks[name], self.options.architecture()[name]
+        if not pick.p.requires_grad:
+            return of(options[pick.index])
+        return sum(share * of(option) for share, option in zip(pick.shares(), options))
 
     def numbers(
         self, graph: Graph, before: Tensor | float, picks: Picks

@@ -18,20 +18,33 @@ from netweight.data.graphs import judged, sbm, whole
 from netweight.deployment import exports
 from netweight.models.graph_block import Choice, GraphNetwork, by_hand
 from netweight.models.graph_parts import FLOAT, KEPT, Parts, bits_of, each_block, weight_bits
+from netweight.models.graph_sums import ACTIVATIONS
 from netweight.nn.fixed_point import Fixed
 from netweight.nn.quantizer import FromLargest
 from netweight.reproduce.lpgnas import reproduce
 from netweight.search import lpgnas as module
-from netweight.search.lpgnas import LPGNAS, Best, Design, annealed, fitted, likeliest, lpgnas, searched
+from netweight.search.lpgnas import (
+    LPGNAS,
+    Best,
+    Design,
+    annealed,
+    best_of,
+    designs,
+    fitted,
+    likeliest,
+    lpgnas,
+    searched,
+)
 from netweight.search.supernet import AHEAD, Options, Pick, Supernet
 from netweight.testing import tiny_model
 from netweight.training.checkpoint import Checkpoint
 from netweight.training.loop import Diverged, Training
+from netweight.training.trained import Trained
 from netweight.verification.bounds import bounds
 
 WEIGHTS, FORMATS = LPGNAS().weights, LPGNAS().formats
 HOW = Training(6, rate=0.01, seed=1)
-SHORT = LPGNAS(beta=0.5, epochs=8, base=8, rate=0.05)
+SHORT = LPGNAS(beta=0.5, epochs=8, base=8, rate=0.05, designs=2)
 
 
 def supernet(seed: int = 0, blocks: int = 2) -> Supernet:
@@ -116,6 +129,43 @@ def test_gates_and_shares_have_the_value_of_one_path_and_the_gradient_of_the_sof
     values = torch.tensor([3.0, 5.0, 7.0])
     (by_shares,) = torch.autograd.grad(pick.shares() @ values, logits)
     assert torch.allclose(by_shares, p * (values - p @ values), atol=1e-6)
+
+
+@pytest.mark.parametrize("decision", ["attention", "aggregate", "skip"])
+def test_an_option_that_would_have_been_better_gains_on_the_one_that_runs(decision):
+    net, nodes = supernet(blocks=1), torch.arange(240)
+    logits = net.blocks[0].architecture
+    logits["aggregate"].data = torch.tensor([5.0, 0.0, 0.0])
+    for rounding in net.blocks[0].roundings.values():
+        rounding.data = torch.arange(len(rounding), dtype=torch.float32)  # the most bits
+    told = 0
+    for runs, wanted in itertools.permutations(range(len(logits[decision])), 2):
+        logits[decision].data.zero_()
+        logits[decision].data[wanted] = 1e-4
+        target = net(nodes, net.draw(None, 0.0, 1.0))
+        logits[decision].data.zero_()
+        logits[decision].data[runs] = 1e-4
+        off = net(nodes, net.draw(None, 0.0, 1.0, ("architecture",))) - target.detach()
+        (found,) = torch.autograd.grad(off.square().sum(), logits[decision])
+        if off.abs().max() > 0.05:  # else rounding alone tells one from the other
+            assert found[runs] > found[wanted], (runs, wanted)
+            told += 1
+    assert told >= 2
+
+
+def test_activations_count_by_what_each_gives():
+    net = supernet()
+    logits, values = net.blocks[0].architecture["activation"], dict(zip(ACTIVATIONS, torch.randn(8)))
+    picks = net.draw(None, 0.0, 1.0, ("architecture",))[0]
+    given = net.blocks[0].chosen("activation", picks, values.__getitem__)
+    assert given.item() == pytest.approx(list(values.values())[int(logits.argmax())].item())
+    p, y = logits.detach().softmax(0), torch.stack(list(values.values()))
+    (found,) = torch.autograd.grad(given, logits)
+    assert torch.allclose(found, p * (y - p @ y), atol=1e-6)
+    hard = net.draw(None, 0.0, 1.0)[0]
+    ran = []
+    net.blocks[0].chosen("activation", hard, ran.append)  # one path where nobody asks for a gradient
+    assert ran == [list(ACTIVATIONS)[int(logits.argmax())]]
 
 
 def test_the_supernet_computes_the_network_that_it_draws():
@@ -225,6 +275,27 @@ def test_more_beta_fewer_bits():
     assert sizes[1] < sizes[0] / 2
 
 
+def test_designs_are_the_likeliest_and_others_that_are_no_larger():
+    net = supernet()
+    found = designs(net, 5, 3)
+    sizes = [weight_bits(net.graph, design.choices, design.parts) for design in found]
+    assert found[0] == likeliest(net) and len(found) == 5 and max(sizes) == sizes[0]
+    assert all(a != b for a, b in itertools.combinations(found, 2))
+    assert designs(net, 5, 3) == found != designs(net, 5, 4) and designs(net, 1, 3) == found[:1]
+    with torch.no_grad():
+        for kind in module.KINDS:
+            for logits in net.logits(kind):
+                logits.mul_(1e6)  # nothing else is likely
+    assert designs(net, 5, 3) == found[:1]
+
+
+def test_the_design_that_is_best_on_validation_nodes_is_kept():
+    net = supernet()
+    made = designs(net, 4, 0)
+    fits = [Trained(nn.Identity(), None, (), {"validation_accuracy": v}) for v in (0.5, 0.8, 0.7, 0.8)]
+    assert best_of(made, lambda design, number: fits[number]) == (made[1], fits[1])
+
+
 def test_the_best_weights_are_kept():
     model = GraphNetwork(sbm(), (Choice(width=4, activation="none"),), dropout=0.0)
     best, data = Best(model), small_task().calibration
@@ -249,7 +320,7 @@ def test_the_same_comes_twice_and_stops_change_nothing(tmp_path, monkeypatch):
     wholly = lpgnas(model, task.blind(), HOW, SHORT)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     place, real = tmp_path / "run.pt", module.F.cross_entropy
-    for stop in (9, 10):  # in the search, in the final training
+    for stop in (9, 10, 14):  # in the search, in the training of the first design, of the second
         calls = itertools.count()
 
         def stops(*args, calls=calls, stop=stop):
@@ -304,6 +375,7 @@ def test_the_network_flows_on(tmp_path):
         (lambda: LPGNAS(beta=math.nan), BadInput, "beta=nan"),
         (lambda: LPGNAS(base=12), BadInput, "base=12: up to 8 heads have to divide it"),
         (lambda: LPGNAS(architecture_from=0.6, roundings_from=0.5), BadInput, "the second not below"),
+        (lambda: LPGNAS(designs=0), BadInput, "designs=0: one is trained at least"),
         (lambda: LPGNAS(weights=("5",)), BadInput, "unknown rounding of weights '5'"),
         (lambda: LPGNAS(weights=()), BadInput, "name one rounding each at least"),
         (lambda: LPGNAS(formats=("0.4",)), BadInput, "0.4: a fixed-point number has a sign"),
