@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from netweight.core.task import Data
 
 BATCH = 50
+OF_ALL = ("gd-uap",)  # attacks that make one change for all examples
 
 
 def attack(
@@ -46,9 +47,10 @@ def attack(
     from netweight.report import inputs
 
     slug = method or ("disagree" if against else "pgd")
-    if slug == "bit-flips":
-        found = flipped(model, data, within, limit)
-        common.answer(found, lambda: common.lines(found), as_json=json)
+    if slug in ("bit-flips", "fooling"):
+        flips = slug == "bit-flips"
+        one = flipped(model, data, within, limit) if flips else nothing(model, data, within, steps, seed, out)
+        common.answer(one, lambda: common.lines(one), as_json=json)
         return
     search, how = asked(slug, against, steps)
     how |= {"restarts": restarts, "seed": seed}
@@ -61,7 +63,7 @@ def attack(
             inputs.check_place(out, examples)
         inside = with_range(inside, examples.low, examples.high)
         networks = [network] if original is None else [original, network]
-        found, clean = in_batches(search, networks, examples, inside, how)
+        found, clean = in_batches(search, networks, batched(slug, examples), inside, how)
         labels = examples.y if examples.y is not None and original is None else clean
         wrong = clean != labels
         if out is not None:
@@ -112,6 +114,43 @@ def flipped(model: str, data: str, within: str | None, limit: int) -> dict[str, 
     }
 
 
+def nothing(
+    model: str, data: str, within: str | None, steps: int | None, seed: int, out: Path | None
+) -> dict[str, Any]:
+    """How sure a network can be made of each class by an image that shows nothing; steps: generations.
+
+    The data says the shape and the range of inputs (0 to 1 where it has none); its values are not looked at.
+    """
+    import torch
+
+    from netweight.attacks.fooling import Evolution, fooling
+    from netweight.report import inputs
+
+    if within is not None:
+        raise BadInput("fooling searches all inputs, not a set around each; leave --within out")
+    with common.working():
+        network, _ = common.open_model(model)
+        examples = common.open_task(data, network).test
+        if out is not None:
+            inputs.check_place(out, examples)
+        low, high = (
+            default if end is None else end for end, default in ((examples.low, 0.0), (examples.high, 1.0))
+        )
+        generations = 200 if steps is None else steps
+        how = Evolution(generations=generations, enough=0.9999, low=low, high=high)
+        found = fooling(network, examples.x[:1], how, seed=seed)
+        classes = torch.arange(len(found.images))
+        if out is not None:
+            inputs.save(out, found.images, classes, classes, examples)
+    return {
+        "method": "fooling",
+        "generations": len(found.median) - 1,
+        "median confidence": found.median[-1],
+        "confidence": found.confidence.tolist(),
+        "out": None if out is None else str(out),
+    }
+
+
 def asked(slug: str, against: str | None, steps: int | None) -> tuple[Callable[..., Any], dict[str, int]]:
     """The attack and its steps, if they are given; raises `BadInput` for what does not go together."""
     from netweight.core import catalogue
@@ -129,6 +168,11 @@ def asked(slug: str, against: str | None, steps: int | None) -> tuple[Callable[.
     return search, {"steps": steps}
 
 
+def batched(slug: str, examples: Data) -> Data:
+    """The examples in batches, or all in one for an attack that makes one change for all."""
+    return examples.batched(len(examples) if slug in OF_ALL else BATCH)
+
+
 def in_batches(
     search: Callable[..., Found], networks: list[Any], examples: Data, within: Any, how: Any
 ) -> Any:
@@ -140,8 +184,7 @@ def in_batches(
     from netweight.evidence.found import predictions
 
     found, clean = [], []
-    batches = examples.batched(BATCH)
-    for x, y in progress.steps(batches, "Attacking", total=-(-len(examples) // BATCH)):
+    for x, y in progress.steps(examples, "Attacking", total=-(-len(examples) // examples.batch)):
         found.append(search(*networks, x, *([y] if len(networks) == 1 else []), within, **how))
         clean.append(predictions(networks[0], x))
     points, hit = (torch.cat([getattr(one, name).cpu() for one in found]) for name in ("points", "hit"))

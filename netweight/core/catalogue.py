@@ -185,6 +185,16 @@ SYSTEMS = (
         "netweight.attacks.bit_flips:bit_flips", tags=("weights", "memory", "gradients"),
     ),
     System(
+        "gd-uap", "Generalizable Data-free Objective for Crafting Universal Adversarial Perturbations",
+        "TPAMI", 2018, "attacks", "netweight.attacks.gd_uap:gd_uap", "netweight.reproduce.gd_uap",
+        tags=("inputs", "gradients", "universal", "no data"),
+    ),
+    System(
+        "fooling", "Deep Neural Networks are Easily Fooled", "CVPR", 2015, "attacks",
+        "netweight.attacks.fooling:fooling", "netweight.reproduce.fooling",
+        tags=("inputs", "no data", "black box", "evolution"),
+    ),
+    System(
         "disagree", "Inputs on which two networks part", "netweight", 2026, "attacks",
         "netweight.attacks.disagree:disagree", tags=("inputs", "gradients", "two networks"),
     ),

@@ -47,10 +47,8 @@ def victim(
         raise DoesNotFit(
             f"{by} moves inputs by small amounts, but these are whole numbers; attack embeddings"
         )
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        x = x.to(next((t.device for t in chain(model.parameters(), model.buffers())), x.device))
+    with evaluated(model):
+        x = x.to(device_of(model, x))
 
         def scores(s: Tensor) -> Tensor:
             return class_scores(model(s))
@@ -62,9 +60,23 @@ def victim(
                 f"{by} needs class scores `b classes`, but the network gives {tuple(clean.shape)}"
             )
         yield Victim(scores, x, clean.argmax(1) if y is None else y.to(x.device), clean)
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; the mode of each module comes back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+def device_of(model: nn.Module, x: Tensor) -> torch.device:
+    """Where the network is; where it has no weights, where x is."""
+    return next((t.device for t in chain(model.parameters(), model.buffers())), x.device)
 
 
 def class_scores(output: Any) -> Tensor:

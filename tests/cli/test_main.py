@@ -241,6 +241,22 @@ def test_attack_flips_stored_bits(small):
     )
 
 
+def test_attack_makes_one_change_for_all_inputs():
+    options = (*DIGITS, "--method", "gd-uap", "--limit", "120", "--within", "linf=0.2", "--steps", "20")
+    found = answer("attack", "digits-cnn", *options)
+    assert found["examples"] == 120 and found["wrong before"] < found["found"] == len(found["hits"]) < 120
+    assert "give linf" in sentence("attack", "digits-cnn", *DIGITS, "--method", "gd-uap", "--within", "l2=1")
+
+
+def test_attack_makes_images_from_nothing(tmp_path):
+    options = (*DIGITS, "--method", "fooling")
+    path = tmp_path / "f.npz"
+    found = answer("attack", "digits-cnn", *options, "--steps", "3", "--out", path)
+    assert found["generations"] == 3 and 0.5 < found["median confidence"] < 1
+    assert np.load(path)["x"].shape == (10, 1, 8, 8) and np.load(path)["y"].tolist() == [*range(10)]
+    assert "leave --within out" in sentence("attack", "digits-cnn", *options, "--within", "linf=0.1")
+
+
 def test_export_writes_a_file_that_onnx_runtime_runs(small, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     path = tmp_path / "small.onnx"
