@@ -12,10 +12,10 @@ The thesis is tested, not the ten points: at this size all arms are close to eac
 over orders of the batches. Oscillations are compared on one and the same grid alone, where they can be.
 Quick: 158 steps, then 80 for bar 2 alone.
 
-Not reached on three seeds: accuracy of StatsQ beside learnt steps (-0.4 points, one image in 200; single pairs
-spread by 2), its deviation over orders, steps' changes against LSQ per row (0.58; 0.44 to 0.69 in eleven
-settings of batch, rate and length on seeds 10 to 12, where wider batches were better and cost more), QKR
-(-0.51 points against -0.5). Steps in float32 instead of float16 changed nothing.
+Not reached on three seeds: accuracy of StatsQ beside learnt steps (-0.4 points, where single pairs spread by
+2), its deviation over orders, steps' changes against LSQ per row (0.58; 0.44 to 0.69 in eleven settings of
+batch, rate and length on seeds 10 to 12; wide batches were better and cost more), QKR (-0.51 points against
+-0.5). Steps in float32 instead of float16 changed nothing.
 """
 
 from __future__ import annotations
