@@ -37,6 +37,7 @@ from netweight.core.task import Task
 IMAGES, TURNS = 64, 5
 RADII = (1 / 255, 2 / 255)
 PGD_STEPS, APGD_STEPS = 20, 50
+STRIDE = 2.5  # of the peers' PGD: how often all steps together cross eps, as in Madry et al.
 QUICKER, MORE = 1.3, 0.005  # of images per second; of robust accuracy above AutoAttack's
 PEERS = {"foolbox": "pip install foolbox", "torchattacks": "pip install --no-deps torchattacks"}
 Attack = Callable[[], Tensor]  # -> one point for each image
@@ -91,11 +92,11 @@ def attacks(
     if find_spec("foolbox"):
         foolbox = import_module("foolbox")
         seen = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-        theirs = foolbox.attacks.LinfPGD(steps=PGD_STEPS)
+        theirs = foolbox.attacks.LinfPGD(steps=PGD_STEPS, rel_stepsize=STRIDE / PGD_STEPS)
         quick["PGD, Foolbox"] = lambda: theirs(seen, x, y, epsilons=eps)[1]
     if find_spec("torchattacks"):
         peer = import_module("torchattacks")
-        step = 2.5 * eps / PGD_STEPS  # as Madry et al.; its default is for eps = 8/255
+        step = STRIDE * eps / PGD_STEPS  # its default is for eps = 8/255
         quick["PGD, torchattacks"] = lambda: peer.PGD(model, eps=eps, alpha=step, steps=PGD_STEPS)(x, y)
         quick["APGD, torchattacks"] = lambda: peer.APGD(model, eps=eps, steps=APGD_STEPS)(x, y)
         whole["all, torchattacks"] = lambda: peer.AutoAttack(model, eps=eps, n_classes=10)(x, y)
