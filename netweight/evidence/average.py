@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from netweight.core import intervals
 from netweight.core.errors import BadInput
 from netweight.core.result import AVERAGE, Row
-from netweight.core.task import METRICS, Data, Metric, Task
+from netweight.core.task import IGNORED, METRICS, Data, Metric, Task, over_tokens
 
 BINS = 15
 SEED = 0  # of the bootstrap
@@ -124,8 +124,12 @@ def look(
     seen.apart = float(np.maximum(seen.apart, float((f - g).abs().max())))  # keeps NaN
     if not has_classes(f, y, judge):
         return
-    seen.flips.append(per_example((f.argmax(-1) != g.argmax(-1)).double()).numpy())
-    seen.divergence.append(per_example(divergence(f, g)).numpy())
+    for kept, values in (
+        (seen.flips, (f.argmax(-1) != g.argmax(-1)).double()),
+        (seen.divergence, divergence(f, g)),
+    ):
+        padded = y is not None and y.ndim > 1
+        kept.append((over_tokens(values, y) if padded else per_example(values)).numpy())
     if y is not None:
         for bins, outputs in zip(seen.bins, (f, g)):
             bins += confidence_bins(outputs, y)
@@ -150,10 +154,14 @@ def divergence(f: Float[Tensor, "*b k"], g: Float[Tensor, "*b k"]) -> Float[Tens
 
 
 def confidence_bins(outputs: Float[Tensor, "*b k"], y: Int[Tensor, " *b"]) -> Float[np.ndarray, "bins 3"]:
-    """Of each bin: how many predictions, how many right, and the sum of their confidences."""
-    confidence, chosen = (part.reshape(-1) for part in outputs.float().softmax(-1).max(-1))
+    """Of each bin: how many predictions, how many right, and the sum of their confidences.
+
+    Labels that are `IGNORED` are left out.
+    """
+    counted = y.reshape(-1) != IGNORED
+    confidence, chosen = (part.reshape(-1)[counted] for part in outputs.float().softmax(-1).max(-1))
     place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
-    ones, right = torch.ones_like(confidence), (chosen == y.reshape(-1)).float()
+    ones, right = torch.ones_like(confidence), (chosen == y.reshape(-1)[counted]).float()
     return torch.stack(
         [
             torch.zeros(BINS, dtype=torch.float64).index_add(0, place, v.double())

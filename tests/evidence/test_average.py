@@ -10,7 +10,7 @@ from torch import nn
 from netweight.core.errors import BadInput
 from netweight.core.intervals import clopper_pearson, paired_difference, upper_bound
 from netweight.core.result import AVERAGE, Evidence
-from netweight.core.task import METRICS, Data, Task, outputs
+from netweight.core.task import IGNORED, METRICS, Data, Task, outputs
 from netweight.evidence.average import (
     accuracy,
     calibration_error,
@@ -188,3 +188,21 @@ def test_accuracy_modes_and_missing_labels():
         accuracy(model, Data(x))
     with pytest.raises(BadInput, match=r"outputs of \(7, 3\) and \(7, 2\)"):
         measure(model, nn.Linear(4, 2), task_of(data))
+
+
+def test_padded_labels_count_for_nothing():
+    """What the networks give where the label is -100 changes neither flips, divergence nor calibration."""
+    g = torch.Generator().manual_seed(0)
+    table = torch.randn(6, 4, 3, generator=g)
+    y = torch.randint(3, (6, 4), generator=g)
+    y[:, 2:] = IGNORED
+    other = table + 0.5 * torch.randn(6, 4, 3, generator=g)
+    wild = other.clone()
+    wild[:, 2:] = 9 * torch.randn(6, 2, 3, generator=g)
+    padded, moved = (
+        measure(Given(table), Given(each), task_of(numbered(6, y))).rows for each in (other, wild)
+    )
+    short = measure(Given(table[:, :2]), Given(other[:, :2]), task_of(numbered(6, y[:, :2]))).rows
+    for one, two, three in zip(padded, moved, short, strict=True):
+        if one.quantity != "largest output difference":
+            assert one.compressed == pytest.approx(two.compressed) == pytest.approx(three.compressed)
