@@ -34,7 +34,7 @@ from netweight.core.perturbation import Linf
 from netweight.core.result import Bar
 from netweight.core.task import Task
 
-IMAGES, TURNS = 64, 5
+IMAGES, TURNS = 32, 3
 RADII = (1 / 255, 2 / 255)
 PGD_STEPS, APGD_STEPS = 20, 50
 STRIDE = 2.5  # of the peers' PGD: how often all steps together cross eps, as in Madry et al.
