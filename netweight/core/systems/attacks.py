@@ -1,0 +1,52 @@
+"""Attacks: what finds the worst."""
+
+from netweight.core.systems.system import System
+
+SYSTEMS = (
+    System(
+        "pgd", "Projected gradient ascent on the loss", "ICLR", 2018, "attacks",
+        "netweight.attacks.pgd:pgd", tags=("inputs", "gradients"),
+    ),
+    System(
+        "fgsm", "One step along the signs of the gradient", "ICLR", 2015, "attacks",
+        "netweight.attacks.fgsm:fgsm", tags=("inputs", "gradients"),
+    ),
+    System(
+        "apgd", "Gradient ascent that chooses its own steps", "ICML", 2020, "attacks",
+        "netweight.attacks.apgd:apgd", tags=("inputs", "gradients"),
+    ),
+    System(
+        "deepfool", "The shortest way to another class", "CVPR", 2016, "attacks",
+        "netweight.attacks.deepfool:deepfool", tags=("inputs", "gradients"),
+    ),
+    System(
+        "square", "Random search over squares, from scores alone", "ECCV", 2020, "attacks",
+        "netweight.attacks.square:square", tags=("inputs", "black box"),
+    ),
+    System(
+        "hop-skip-jump", "Along the boundary, from classes alone", "IEEE S&P", 2020, "attacks",
+        "netweight.attacks.hop_skip_jump:hop_skip_jump", tags=("inputs", "black box"),
+    ),
+    System(
+        "ensemble", "Several attacks in turn, as AutoAttack", "ICML", 2020, "attacks",
+        "netweight.attacks.ensemble:ensemble", tags=("inputs", "gradients", "black box"),
+    ),
+    System(
+        "bit-flips", "The stored bits that hurt most", "ICCV", 2019, "attacks",
+        "netweight.attacks.bit_flips:bit_flips", tags=("weights", "memory", "gradients"),
+    ),
+    System(
+        "gd-uap", "Generalizable Data-free Objective for Crafting Universal Adversarial Perturbations",
+        "TPAMI", 2018, "attacks", "netweight.attacks.gd_uap:gd_uap", "netweight.reproduce.gd_uap",
+        tags=("inputs", "gradients", "universal", "no data"),
+    ),
+    System(
+        "fooling", "Deep Neural Networks are Easily Fooled", "CVPR", 2015, "attacks",
+        "netweight.attacks.fooling:fooling", "netweight.reproduce.fooling",
+        tags=("inputs", "no data", "black box", "evolution"),
+    ),
+    System(
+        "disagree", "Inputs on which two networks part", "netweight", 2026, "attacks",
+        "netweight.attacks.disagree:disagree", tags=("inputs", "gradients", "two networks"),
+    ),
+)  # fmt: skip

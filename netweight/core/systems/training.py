@@ -1,0 +1,102 @@
+"""Methods that train."""
+
+from netweight.core.systems.system import System
+
+_LIRPA = "netweight.reproduce.auto_lirpa"
+_RRCM = "netweight.reproduce.rrcm"
+
+SYSTEMS = (
+    System(
+        "certified", "Training on a proven bound of the loss", "NeurIPS", 2020, "training",
+        "netweight.training.certified:certified", _LIRPA, tags=("inputs", "weights", "proof"),
+    ),
+    System(
+        "auto-lirpa", "Automatic Perturbation Analysis for Scalable Certified Robustness and Beyond",
+        "NeurIPS", 2020, "training", reproduction=_LIRPA, tags=("inputs", "weights", "proof"),
+    ),
+    System(
+        "consistency", "Pre-training for one representation at every noise level",
+        "ICLR", 2025, "training", "netweight.training.consistency:pretrain", _RRCM,
+        tags=("inputs", "no labels"),
+    ),
+    System(
+        "rrcm", "Robust Representation Consistency Model via Contrastive Denoising", "ICLR", 2025,
+        "training", reproduction=_RRCM, tags=("inputs", "proof", "statistical"),
+    ),
+    System(
+        "weight-compander", "Weight Compander: A Simple Weight Reparameterization for Regularization",
+        "IJCNN", 2023, "training", "netweight.training.weight_compander:weight_compander",
+        "netweight.reproduce.weight_compander", "netweight.training.weight_compander:WeightCompander",
+        ("weights", "regularization"),
+    ),
+    System(
+        "mixed-precision-energy", "Improve Machine Learning carbon footprint using Nvidia GPU and Mixed "
+        "Precision training", "arXiv", 2024, "training",
+        "netweight.training.mixed_precision_energy:mixed_precision_energy",
+        "netweight.reproduce.mixed_precision_energy",
+        "netweight.training.mixed_precision_energy:MixedPrecisionEnergy", ("energy", "precision"),
+    ),
+    System(
+        "double-rounding", "Nearly Lossless Adaptive Bit Switching", "arXiv", 2025, "training",
+        "netweight.training.double_rounding:double_rounding", "netweight.reproduce.double_rounding",
+        "netweight.training.double_rounding:DoubleRounding",
+        ("weights", "activations", "grid", "mixed precision", "switchable"),
+    ),
+    System(
+        "guided-self-distillation", "Even your Teacher Needs Guidance: Ground-Truth Targets Dampen "
+        "Regularization Imposed by Self-Distillation", "NeurIPS", 2021, "training",
+        "netweight.training.guided_self_distillation:guided_self_distillation",
+        "netweight.reproduce.guided_self_distillation",
+        "netweight.training.guided_self_distillation:GuidedSelfDistillation", ("labels", "distillation"),
+    ),
+    System(
+        "powernorm", "PowerNorm: Rethinking Batch Normalization in Transformers", "ICML", 2020, "training",
+        "netweight.training.powernorm:powernorm", "netweight.reproduce.powernorm",
+        "netweight.training.powernorm:PowerNorms", ("norms", "transformer"),
+    ),
+    System(
+        "quantized-distillation", "Model compression via distillation and quantization", "ICLR", 2018,
+        "training", "netweight.training.quantized_distillation:quantized_distillation",
+        "netweight.reproduce.quantized_distillation",
+        "netweight.training.quantized_distillation:QuantizedDistillation",
+        ("weights", "buckets", "distillation"),
+    ),
+    System(
+        "differentiable-quantization", "Points of quantization that are trained while weights stay", "ICLR",
+        2018, "training", "netweight.training.differentiable_quantization:differentiable_quantization",
+        "netweight.reproduce.quantized_distillation",
+        "netweight.training.differentiable_quantization:DifferentiableQuantization",
+        ("weights", "buckets", "distillation"),
+    ),
+    System(
+        "mixture-growth", "MixtureGrowth: Growing Neural Networks by Recombining Learned Parameters", "WACV",
+        2024, "training", "netweight.training.mixture_growth:mixture_growth",
+        "netweight.reproduce.mixture_growth", "netweight.training.mixture_growth:MixtureGrowth",
+        ("growth", "templates"),
+    ),
+    System(
+        "ofq", "Oscillation-free Quantization for Low-bit Vision Transformers", "ICML", 2023, "training",
+        "netweight.training.ofq:ofq", "netweight.reproduce.ofq", "netweight.training.ofq:OFQ",
+        ("weights", "activations", "grid", "attention", "distillation"),
+    ),
+    System(
+        "gaqat", "GAQAT: Gradient-adaptive Quantization-aware Training for Domain Generalization", "arXiv",
+        2024, "training", "netweight.training.gaqat:gaqat", "netweight.reproduce.gaqat",
+        "netweight.training.gaqat:GAQAT", ("weights", "activations", "grid", "domains", "sharpness"),
+    ),
+    System(
+        "cbnet", "A Converting Autoencoder Toward Low-latency and Energy-efficient DNN Inference at the Edge",
+        "arXiv", 2024, "training", "netweight.training.cbnet:cbnet", "netweight.reproduce.cbnet",
+        "netweight.training.cbnet:CBNet", ("inputs", "autoencoder", "early exit", "energy"),
+    ),
+    System(
+        "tbt", "Binary and Ternary Natural Language Generation", "ACL", 2023, "training",
+        "netweight.training.tbt:tbt", "netweight.reproduce.tbt", "netweight.training.tbt:TBT",
+        ("weights", "activations", "grid", "distillation", "transformer"),
+    ),
+    System(
+        "bdwp", "Efficient N:M Sparse DNN Training Using Algorithm, Architecture, and Dataflow Co-Design",
+        "IEEE TCAD", 2023, "training", "netweight.training.bdwp:bdwp", "netweight.reproduce.bdwp",
+        "netweight.training.bdwp:BDWP", ("weights", "pruning", "N:M", "accelerator"),
+    ),
+)  # fmt: skip
