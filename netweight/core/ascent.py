@@ -29,8 +29,8 @@ def ascend(
     cosine. What has reached leaves the batch; elsewhere the best point seen is kept.
     """
     within = around_inputs(within)
-    generator = torch.Generator().manual_seed(seed)
-    points = within.project(x, x)
+    generator, project = torch.Generator().manual_seed(seed), projection(within, x)
+    points = project(x)
     best, hit = (value.detach() for value in score(points, torch.arange(len(x), device=x.device)))
     for _ in range(restarts):
         rows = (~hit).nonzero()[:, 0]
@@ -46,8 +46,19 @@ def ascend(
             points[rows[better]], best[rows[better]], hit[rows] = s[better], value[better], reached
             rows, s, gradient = rows[~reached], s[~reached], gradient[~reached]
             size = 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
-            s = within.project(s + size * within.steepest(gradient, x[rows]), x[rows])
+            s = project(s + size * within.steepest(gradient, x[rows]), rows)
     return Found(points, hit)
+
+
+def projection(within: Perturbation, x: Float[Tensor, "b *in"]) -> Callable[..., Tensor]:
+    """`within.project` for many points around the same x: (points, their rows in x, default all) -> points.
+
+    The sides of a box are worked out once; the points are the same to the last bit.
+    """
+    if not isinstance(within, Linf | Box):
+        return lambda s, rows=slice(None): within.project(s, x[rows])
+    lower, upper = (within.project(torch.full_like(x, far), x) for far in (-torch.inf, torch.inf))
+    return lambda s, rows=slice(None): torch.clamp(s, lower[rows], upper[rows])
 
 
 def slope(

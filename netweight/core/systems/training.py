@@ -11,6 +11,11 @@ SYSTEMS = (
         "netweight.training.certified:certified", _LIRPA, tags=("inputs", "weights", "proof"),
     ),
     System(
+        "adversarial", "Training on the worst that an attack finds around each example", "ICLR", 2018,
+        "training", "netweight.training.adversarial:adversarial",
+        settings="netweight.training.adversarial:Adversarial", tags=("inputs", "gradients", "robustness"),
+    ),
+    System(
         "auto-lirpa", "Automatic Perturbation Analysis for Scalable Certified Robustness and Beyond",
         "NeurIPS", 2020, "training", reproduction=_LIRPA, tags=("inputs", "weights", "proof"),
     ),

@@ -1,0 +1,26 @@
+"""What attacks share: the projection onto a set around many inputs."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from netweight.core.ascent import projection
+from netweight.core.perturbation import L1, L2, Box, Linf
+
+sets = st.one_of(
+    st.builds(Linf, st.floats(0, 1), low=st.sampled_from([None, 0.0]), high=st.sampled_from([None, 1.0])),
+    st.builds(L2, st.floats(0, 3), low=st.just(0.0), high=st.just(1.0)),
+    st.builds(L1, st.floats(0, 3)),
+    st.builds(lambda low, width: Box(low, low + width), st.floats(-1, 1), st.floats(0.01, 1)),
+)
+
+
+@given(within=sets, seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_the_projection_around_many_is_that_of_the_set(within, seed, dtype):
+    chance = torch.Generator().manual_seed(seed)
+    x = torch.rand(5, 2, 3, generator=chance, dtype=dtype)
+    s = x + torch.randn(5, 2, 3, generator=chance, dtype=dtype)
+    rows = torch.tensor([3, 0, 3])
+    project = projection(within, x)
+    assert torch.equal(project(s), within.project(s, x))
+    assert torch.equal(project(s[:3], rows), within.project(s[:3], x[rows]))
