@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from netweight.core.ascent import around_inputs, per_example, slope
 from netweight.core.errors import unknown
 from netweight.core.perturbation import L1, L2, Box, Found, Linf, Perturbation
-from netweight.core.victim import Victim, margin, victim
+from netweight.core.victim import Victim, margin, other_classes, victim
 
 LOSSES = ("ce", "dlr", "targeted")
 TARGETS = 9
@@ -86,8 +86,7 @@ def _losses(loss: str, v: Victim) -> list[Loss]:
         return [lambda scores, rows: F.cross_entropy(scores, v.of[rows], reduction="none")]
     if loss == "dlr":
         return [lambda scores, rows: dlr(scores, v.of[rows])]
-    wrong = v.clean.scatter(1, v.of[:, None], -torch.inf).argsort(1, descending=True)
-    targets = wrong[:, : min(TARGETS, v.clean.shape[1] - 1)].T
+    targets = other_classes(v.clean, v.of, TARGETS)
     return [lambda scores, rows, t=t: targeted_dlr(scores, v.of[rows], t[rows]) for t in targets]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from netweight.core.ascent import around_inputs, per_example, slope
 from netweight.core.errors import DoesNotFit
 from netweight.core.perturbation import Box, Found, Perturbation
-from netweight.core.victim import Victim, victim
+from netweight.core.victim import Victim, other_classes, victim
 
 CLASSES = 9
 OVERSHOOT = 1.02
@@ -81,12 +81,10 @@ def _step(
     s = s.detach().requires_grad_()
     scores = v.scores(s)
     wrong = scores.detach().argmax(1) != v.of[rows]
-    ranked = scores.detach().scatter(1, v.of[rows, None], -torch.inf).argsort(1, descending=True)
     own = scores.gather(1, v.of[rows, None])[:, 0]
-    others = ranked[:, : min(CLASSES, scores.shape[1] - 1)].T
     nearest = torch.full_like(own, math.inf)
     step = torch.zeros_like(s)
-    for other in others:
+    for other in other_classes(scores.detach(), v.of[rows], CLASSES):
         gap = scores.gather(1, other[:, None])[:, 0] - own
         w = _movable(slope(gap, s, keep=True), s.detach(), valid)
         far, way = _shortest(gap.detach(), w, norm)

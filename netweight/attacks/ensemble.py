@@ -3,12 +3,12 @@
 Paper: Croce and Hein, "Reliable Evaluation of Adversarial Robustness with an Ensemble of Diverse
 Parameter-free Attacks" (AutoAttack), ICML 2020, arXiv:2003.01690.
 
-    PGD on the margin -> APGD on the cross-entropy -> APGD towards each of the best wrong classes -> Square
+    PGD on the margin -> APGD on the cross-entropy -> APGD and FAB towards the best wrong classes -> Square
 
 A network that passes no gradients on is left to Square and HopSkipJump.
 
-Differs from the paper: PGD goes first because it is cheap, FAB is not among them; Square has 10 queries for
-each step of the others (1,000 by default, 5,000 there).
+Differs from the paper: PGD goes first because it is cheap; Square has 10 queries for each step of the others
+(1,000 by default, 5,000 there). A box has no shortest way, so FAB does not look for one there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxtyping import Int, Num
 from torch import Tensor, nn
 
 from netweight.attacks.apgd import apgd
+from netweight.attacks.fab import fab
 from netweight.attacks.hop_skip_jump import hop_skip_jump
 from netweight.attacks.pgd import pgd
 from netweight.attacks.square import square
@@ -60,6 +61,11 @@ def ensemble(
                 lambda x, y: pgd(model, x, y, within, steps=steps, **how),
                 lambda x, y: apgd(model, x, y, within, loss="ce", steps=steps, **how),
                 lambda x, y: apgd(model, x, y, within, loss="targeted", steps=steps, **how),
+                *(
+                    []
+                    if isinstance(within, Box)
+                    else [lambda x, y: fab(model, x, y, within, steps=steps, **how)]
+                ),
                 *attacks,
             ]
         elif not isinstance(within, Box):

@@ -95,3 +95,9 @@ def margin(scores: Float[Tensor, "b classes"], y: Int[Tensor, " b"]) -> Float[Te
     """The best other score minus y's: above 0 where the class is left."""
     own = scores.gather(1, y[:, None])
     return (scores.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True) - own)[:, 0]
+
+
+def other_classes(scores: Float[Tensor, "b classes"], y: Int[Tensor, " b"], most: int) -> Int[Tensor, "k b"]:
+    """The classes other than y, best first, at most so many: one row for each rank."""
+    ranked = scores.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)
+    return ranked[:, : min(most, scores.shape[1] - 1)].T

@@ -2,15 +2,18 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import brentq, linprog
 from torch import nn
 
 from netweight.attacks.apgd import apgd, checkpoints, dlr, sparse, targeted_dlr
 from netweight.attacks.deepfool import deepfool
 from netweight.attacks.ensemble import ensemble
+from netweight.attacks.fab import fab, nearest
 from netweight.attacks.fgsm import fgsm
 from netweight.attacks.hop_skip_jump import hop_skip_jump
 from netweight.attacks.pgd import pgd
@@ -21,7 +24,15 @@ from netweight.core.perturbation import L1, L2, BitFlips, Box, Linf
 
 CE, TARGETED = partial(apgd, loss="ce"), partial(apgd, loss="targeted")
 SQUARE = partial(square, steps=400)
-WHITE = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "apgd-ce": CE, "targeted": TARGETED, "deepfool": deepfool}
+WHITE = {
+    "fgsm": fgsm,
+    "pgd": pgd,
+    "apgd": apgd,
+    "apgd-ce": CE,
+    "targeted": TARGETED,
+    "deepfool": deepfool,
+    "fab": fab,
+}
 BLACK = {"square": SQUARE, "hop-skip-jump": hop_skip_jump}
 ALL = {**WHITE, **BLACK, "ensemble": partial(ensemble, steps=30)}
 BALLS = [Linf(0.2), Linf(0.25, 0.0, 1.0), L2(0.4), L2(0.4, 0.0, 1.0), L1(0.6), L1(0.6, 0.0, 1.0)]
@@ -150,7 +161,7 @@ def test_tuples_rows_and_boxes(name):
     found = ALL[name](model, x, y, Linf(0.3, 0.0, 1.0))
     assert torch.equal(found.hit, model(found.points)[0].argmax(1) != y) and found.hit.any()
     box = Box(0.0, 1.0)
-    if name in ("deepfool", "hop-skip-jump"):
+    if name in ("deepfool", "fab", "hop-skip-jump"):
         with pytest.raises(DoesNotFit, match="a box has none"):
             ALL[name](model, x, y, box)
     else:
@@ -196,6 +207,50 @@ def test_checkpoints_of_the_paper():
 def test_sparse_steps_by_hand():
     step = sparse(torch.tensor([[3.0, -2.0, 1.0, 0.0]]), torch.tensor([0.5]), 2.0)
     assert torch.equal(step, torch.tensor([[1.0, -1.0, 0.0, 0.0]]))
+
+
+@given(st.integers(0, 10_000), st.sampled_from([Linf, L2, L1]), st.floats(-3, 3), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_the_nearest_point_of_a_plane_within_a_range_is_the_nearest(seed, kind, rise, bounded):
+    """Against scipy: linear programmes for Linf and L1, the root of the multiplier for L2."""
+    g = torch.Generator().manual_seed(seed)
+    w, s = (torch.randn(5, generator=g, dtype=torch.float64) for _ in range(2))
+    w, s = w.where(torch.rand(5, generator=g) < 0.8, 0.0), s.sigmoid()
+    within = kind(1.0, 0.0, 1.0) if bounded else kind(1.0)
+    d = nearest(s[None], w[None], torch.tensor([rise], dtype=torch.float64), within)[0]
+    low, high = (-s, 1 - s) if bounded else (torch.full_like(s, -1e3), torch.full_like(s, 1e3))
+    most = torch.where(w * rise > 0, high, low) @ w
+    assert (d >= low - 1e-9).all() and (d <= high + 1e-9).all()
+    if abs(most) <= abs(rise) + 1e-6 or w.abs().max() < 1e-3:
+        assert not bounded or abs(d @ w - most) < 1e-6 or abs(most) > abs(rise)
+        return
+    assert float(d @ w) == pytest.approx(rise, abs=1e-6)
+    length = float(torch.linalg.vector_norm(d, within.norm))
+    assert length == pytest.approx(shortest(w, rise, low, high, within.norm), rel=1e-5, abs=1e-6)
+
+
+def shortest(w, rise, low, high, norm) -> float:
+    """The least |d|_p with <w, d> = rise and low <= d <= high."""
+    if norm == 2:
+        along = lambda t: float((t * w).clamp(low, high) @ w) - rise  # noqa: E731
+        t = brentq(along, -1e7, 1e7, xtol=1e-14)
+        return float((t * w).clamp(low, high).norm())
+    w, low, high, n = w.numpy(), low.numpy(), high.numpy(), 5
+    eye, count = np.eye(n), 1 if norm == float("inf") else n
+    size = np.ones((n, 1)) if count == 1 else eye  # |d_i| <= t, or its own t_i
+    above = np.block([[eye, -size], [-eye, -size]])
+    sides = [*zip(low, high), *[(0, None)] * count]
+    equal = np.r_[w, np.zeros(count)][None]
+    return linprog(np.r_[np.zeros(n), np.ones(count)], above, np.zeros(2 * n), equal, [rise], sides).fun
+
+
+def test_fab_ends_nearer_than_deepfool_goes():
+    """Along curved boundaries: the wrong points it finds lie nearer, and more of them in the set."""
+    torch.manual_seed(2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 5))
+    x, within = inputs(80), L2(0.25, 0.0, 1.0)
+    hits = [attack(model, x, None, within).hit.sum() for attack in (deepfool, fab)]
+    assert hits[1] >= hits[0] > 0
 
 
 def test_squares_shrink_as_in_the_paper():

@@ -20,6 +20,10 @@ SYSTEMS = (
         "netweight.attacks.deepfool:deepfool", tags=("inputs", "gradients"),
     ),
     System(
+        "fab", "Along the boundary of a class, back towards the input", "ICML", 2020, "attacks",
+        "netweight.attacks.fab:fab", tags=("inputs", "gradients"),
+    ),
+    System(
         "square", "Random search over squares, from scores alone", "ECCV", 2020, "attacks",
         "netweight.attacks.square:square", tags=("inputs", "black box"),
     ),
