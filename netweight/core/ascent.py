@@ -34,10 +34,10 @@ def ascend(
     best, hit = (value.detach() for value in score(points, torch.arange(len(x), device=x.device)))
     for _ in range(restarts):
         rows = (~hit).nonzero()[:, 0]
+        if len(rows) == 0:
+            break
         s = within.sample(x, generator)[rows]
         for step in range(steps + 1):
-            if len(rows) == 0:
-                break
             s = s.detach().requires_grad_()
             value, reached = score(s, rows)
             gradient = slope(value, s)
@@ -45,6 +45,8 @@ def ascend(
             better = reached | (value > best[rows])
             points[rows[better]], best[rows[better]], hit[rows] = s[better], value[better], reached
             rows, s, gradient = rows[~reached], s[~reached], gradient[~reached]
+            if len(rows) == 0:
+                break
             size = 0.5 * (1 + math.cos(math.pi * step / max(steps, 1)))
             s = project(s + size * within.steepest(gradient, x[rows]), rows)
     return Found(points, hit)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netweight.core.ascent import projection
+from netweight.core.ascent import ascend, projection
 from netweight.core.perturbation import L1, L2, Box, Linf
 
 sets = st.one_of(
@@ -24,3 +24,14 @@ def test_the_projection_around_many_is_that_of_the_set(within, seed, dtype):
     project = projection(within, x)
     assert torch.equal(project(s), within.project(s, x))
     assert torch.equal(project(s[:3], rows), within.project(s[:3], x[rows]))
+
+
+def test_a_search_ends_where_every_example_has_reached_whatever_the_set():
+    x = torch.zeros(4, 3)
+
+    def score(s, rows):
+        return s.sum(1), s[:, 0] != 0  # x itself has not reached, any other point has
+
+    for within in (Linf(0.1), L2(0.1), L1(0.1), Box(-0.1, 0.1)):
+        found = ascend(score, x, within, steps=3, restarts=2, seed=0)
+        assert found.hit.all() and within.contains(found.points, x).all()

@@ -50,6 +50,11 @@ SYSTEMS = (
         tags=("inputs", "no data", "black box", "evolution"),
     ),
     System(
+        "bifurcation", "A Novel Bifurcation Method for Observation Perturbation Attacks on RL Agents",
+        "arXiv", 2024, "attacks", "netweight.attacks.bifurcation:bifurcation",
+        "netweight.reproduce.bifurcation", tags=("inputs", "gradients", "controllers", "time series"),
+    ),
+    System(
         "disagree", "Inputs on which two networks part", "netweight", 2026, "attacks",
         "netweight.attacks.disagree:disagree", tags=("inputs", "gradients", "two networks"),
     ),
