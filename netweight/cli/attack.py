@@ -160,9 +160,12 @@ def asked(slug: str, against: str | None, steps: int | None) -> tuple[Callable[.
     if (slug == "disagree") != (against is not None):
         raise BadInput("--method disagree and --against ORIGINAL belong together; give both or neither")
     search = catalogue.method(slug)
+    parameters = signature(search).parameters
+    if "graph" in parameters:
+        call = f"{search.__module__}.{search.__name__}(graph, EdgeFlips(k))"
+        raise BadInput(f"{slug} flips edges of a graph, not inputs; call {call} from Python")
     if steps is None:
         return search, {}
-    parameters = signature(search).parameters
     if "steps" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise BadInput(f"{slug} has no --steps; leave it out")
     return search, {"steps": steps}

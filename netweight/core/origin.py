@@ -22,6 +22,7 @@ BUILDERS = {  # kind: the function that makes the architecture from (target, fil
     "onnx": "netweight.models.onnx_reader:skeleton",
     "huggingface": "netweight.models.huggingface:skeleton",
     "graph": "netweight.models.graph_block:skeleton",
+    "refined graph": "netweight.models.gcn:skeleton",
 }
 
 

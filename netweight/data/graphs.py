@@ -134,24 +134,27 @@ def planetoid(name: str) -> Graph:
     return Graph(name, edges, offsets, columns, values, width, int(y.max()) + 1, y, *nodes)
 
 
-def sbm(seed: int = 0) -> Graph:
+def sbm(seed: int = 0, shape: tuple[int, int, int] = SBM, own: float = OWN) -> Graph:
     """240 nodes of 4 classes that link within their class ten times as often, with 12 of 96 words each.
 
-    Every class has 24 words of its own, of which its nodes draw about half of theirs.
+    Every class has 24 words of its own, of which its nodes draw about half of theirs. shape: classes, nodes
+    of each, words. own: weight of a word of the node's class in a draw, where a word of any
+    other class has (1 - own) / (classes - 1). A quarter of the nodes train, a quarter validate.
     """
-    classes, each, width = SBM
+    classes, each, width = shape
     draw = torch.Generator().manual_seed(seed)
     n = classes * each
     y = torch.arange(n) % classes
     odds = torch.where(y[:, None] == y, WITHIN, BETWEEN)
     upper = (torch.rand(n, n, generator=draw) < odds).triu(1)
     weight = torch.where(
-        torch.arange(width) // (width // classes) == y[:, None], OWN, (1 - OWN) / (classes - 1)
+        torch.arange(width) // (width // classes) == y[:, None], own, (1 - own) / (classes - 1)
     )
     columns = torch.multinomial(weight, WORDS, generator=draw).sort(1).values
     offsets = torch.arange(n + 1) * WORDS
     values = normalized(offsets, torch.ones(n * WORDS))
-    train, validation, test = torch.arange(n).split([15 * classes, 15 * classes, n - 30 * classes])
+    few = each // 4 * classes
+    train, validation, test = torch.arange(n).split([few, few, n - 2 * few])
     edges = both_ways(upper.nonzero().T)
     return Graph("sbm", edges, offsets, columns.flatten(), values, width, classes, y, train, validation, test)
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from netweight.core.errors import unknown
@@ -33,11 +33,15 @@ SLOPE = 0.2  # of the leaky ReLU of attention
 
 @dataclass(frozen=True, eq=False)
 class Edges:
-    """to, source: node numbers of every link, loops included. count: nodes."""
+    """to, source: node numbers of every link, loops included. count: nodes.
+
+    given: weights of the links, `e 1`, in place of those of gcn; None for none.
+    """
 
     to: Int64[Tensor, " e"]
     source: Int64[Tensor, " e"]
     count: int
+    given: Float[Tensor, "e 1"] | None = None
 
     @property
     def degree(self) -> Tensor:
@@ -49,7 +53,9 @@ class Edges:
         return torch.ones(len(self.to), 1, device=self.to.device)
 
     def balanced(self) -> Tensor:
-        """1 / sqrt(d_i d_j)."""
+        """1 / sqrt(d_i d_j), or the weights given."""
+        if self.given is not None:
+            return self.given
         root = self.degree[:, :, 0].rsqrt()
         return root[self.to] * root[self.source]
 
@@ -87,9 +93,13 @@ class Edges:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """linked: `n n`, whether the row's node hears the column's; the diagonal is True."""
+    """linked: `n n`, whether the row's node hears the column's; the diagonal is True.
+
+    given: weights of the links, `n n`, 0 where there is none, in place of those of gcn; None for none.
+    """
 
     linked: Bool[Tensor, "n n"]
+    given: Float[Tensor, "n n"] | None = None
 
     @property
     def degree(self) -> Tensor:
@@ -101,7 +111,9 @@ class Table:
         return self.linked.float()[None, None]
 
     def balanced(self) -> Tensor:
-        """1 / sqrt(d_i d_j)."""
+        """1 / sqrt(d_i d_j), or the weights given."""
+        if self.given is not None:
+            return self.given[None, None]
         root = self.degree[:, :, 0].rsqrt()
         return self.ones() * (root * root.T)
 

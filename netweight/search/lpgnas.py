@@ -30,7 +30,6 @@ Ties of validation accuracy go to the lower loss.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -39,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from netweight.core.errors import BadInput, DoesNotFit
+from netweight.core.errors import BadInput
 from netweight.core.progress import steps
 from netweight.core.task import Data, Task
 from netweight.data.graphs import Graph
@@ -49,7 +48,8 @@ from netweight.models.trained import seeded
 from netweight.search.supernet import Options, Supernet
 from netweight.training.checkpoint import Checkpoint, Running
 from netweight.training.loop import Hooks, Loss, Moment, Training, train
-from netweight.training.trained import Trained, about, loss
+from netweight.training.nodes import at_once, digest, fit, graph_of
+from netweight.training.trained import Trained, about
 
 COLDEST = 0.1  # tau at the end
 KINDS = ("architecture", "roundings")
@@ -129,7 +129,7 @@ def lpgnas(
     bits, the logits and the losses of the search, and validation accuracy. Raises `DoesNotFit` for a network
     without a graph, and for data without nodes to train on and others to validate.
     """
-    graph = graph_of(model, task)
+    graph = graph_of(model, task, "lpgnas")
     keep = about(keep, "lpgnas", (settings, digest(graph)))
     supernet, losses = searched(model, task, how, settings, keep=keep and keep.part("search"))
     device = next(model.parameters()).device
@@ -151,40 +151,6 @@ def lpgnas(
         for block in supernet.blocks
     ]
     return replace(found, notes=notes)
-
-
-def graph_of(model: nn.Module, task: Task) -> Graph:
-    """The graph of the model; raises `DoesNotFit` for a model or a task that has none of what is needed."""
-    if not isinstance(model, GraphNetwork):
-        raise DoesNotFit(
-            f"{type(model).__name__}: it holds no graph; lpgnas searches for a network on the graph of a "
-            "GraphNetwork (netweight.models.graph_block)"
-        )
-    if task.train is None:
-        raise DoesNotFit(
-            f"{task.calibration.name}: a search needs nodes to train on beside those that validate; give both"
-        )
-    for data in (task.train, task.calibration):
-        nodes = data.x
-        if data.y is None or nodes.ndim != 1 or nodes.is_floating_point():
-            raise DoesNotFit(
-                f"{data.name}: examples are numbers of nodes with a class each; give x `b`, y `b`"
-            )
-        if not 0 <= int(nodes.min()) <= int(nodes.max()) < model.graph.nodes:
-            raise DoesNotFit(f"{data.name}: {model.graph.name} has nodes 0 to {model.graph.nodes - 1} alone")
-        if not 0 <= int(data.y.min()) <= int(data.y.max()) < model.graph.classes:
-            raise DoesNotFit(
-                f"{data.name}: {model.graph.name} has classes 0 to {model.graph.classes - 1} alone"
-            )
-    return model.graph
-
-
-def digest(graph: Graph) -> str:
-    """What tells this graph from another, for checkpoints."""
-    seen = hashlib.sha256()
-    for tensor in (graph.edges, graph.offsets, graph.columns, graph.values):
-        seen.update(tensor.cpu().contiguous().numpy().tobytes())
-    return seen.hexdigest()
 
 
 # The search -----------------------------------------------------------------------------------------------
@@ -214,11 +180,6 @@ def groups(supernet: nn.Module, faster: float) -> list[dict[str, Any]]:
     weights = [p for p in supernet.parameters() if id(p) not in logits]
     moved = [p for p in supernet.parameters() if id(p) in logits]
     return [{"params": weights}, {"params": moved, "factor": faster, "weight_decay": 0.0}]
-
-
-def at_once(count: int) -> Callable[[torch.Generator], Sequence[Tensor]]:
-    """All nodes in one step: one pass over the graph gives the scores of them all."""
-    return lambda generator: [torch.arange(count)]
 
 
 def chance(seed: int, step: int, turn: int) -> torch.Generator:
@@ -313,38 +274,6 @@ def best_of(designs: Sequence[Design], fit: Callable[[Design, int], Trained]) ->
 # The network that was found -------------------------------------------------------------------------------
 
 
-class Best(nn.Module):
-    """The weights of the epoch that was best on the validation nodes, kept from step to step."""
-
-    score: Tensor
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.names = [*model.state_dict()]
-        self.register_buffer("score", torch.tensor([-1.0, 0.0], dtype=torch.float64))
-        for index, tensor in enumerate(model.state_dict().values()):
-            self.register_buffer(f"kept_{index}", tensor.clone())
-
-    @torch.no_grad()
-    def look(self, model: nn.Module, data: Data) -> None:
-        """Keep the weights if they are better: more nodes right, or as many with a lower loss."""
-        was_training = model.training
-        x = data.x.to(next(model.parameters()).device)
-        logits = model.eval()(x).float()
-        y = data.y.to(x.device)
-        right = (logits.argmax(1) == y).double().mean()
-        score = torch.stack([right.cpu(), -F.cross_entropy(logits, y).double().cpu()])
-        if score.tolist() > self.score.tolist():
-            self.score.copy_(score)
-            for index, tensor in enumerate(model.state_dict().values()):
-                getattr(self, f"kept_{index}").copy_(tensor)
-        model.train(was_training)
-
-    def put_back(self, model: nn.Module) -> None:
-        """Give the model the weights that were kept."""
-        model.load_state_dict({name: getattr(self, f"kept_{i}") for i, name in enumerate(self.names)})
-
-
 def fitted(
     graph: Graph,
     design: Design,
@@ -359,13 +288,6 @@ def fitted(
     with seeded(how.seed):
         network = GraphNetwork(graph, design.choices, dropout=dropout)
     model = rounded(network, design.parts).to(device)
-    best = Best(model)
-
-    def after(run: Running, at: Moment) -> None:
-        best.look(run.model, task.calibration)
-
-    hooks = Hooks(order=at_once(len(task.train)), after=after, state=best)
-    losses = train(model, task.train, loss, how, hooks=hooks, keep=keep)
-    best.put_back(model)
+    losses, score = fit(model, task, how, keep=keep)
     plain, change = shipped(model)
-    return Trained(plain, change, losses, {"validation_accuracy": float(best.score[0])})
+    return Trained(plain, change, losses, {"validation_accuracy": score})

@@ -59,6 +59,7 @@ class Hooks:
         to the gradients and returns the detached loss; a method that needs a second one calls it again.
     before: (run, at), when the gradients are there. after: (run, at), when the optimizer has moved.
     state: a module whose buffers are what a method remembers from step to step; kept in checkpoints.
+    stop: (mean loss of each epoch so far) -> whether training is over before `how.epochs`.
 
     The network is always taken from `run.model` or the argument: over several processes it may be a copy.
     """
@@ -69,6 +70,7 @@ class Hooks:
     before: Callable[[Running, Moment], None] | None = None
     after: Callable[[Running, Moment], None] | None = None
     state: nn.Module | None = None
+    stop: Callable[[Sequence[float]], bool] | None = None
 
     @property
     def edit(self) -> bool:
@@ -108,6 +110,8 @@ def train(
             restore(keep.path, what, run)
             advance(len(run.losses) * steps)
         for epoch in range(len(run.losses), how.epochs):
+            if hooks.stop is not None and hooks.stop(run.losses):
+                break
             total = examples = 0.0
             network.train()
             for index, rows in enumerate(order(run.generator)):

@@ -25,7 +25,6 @@ from netweight.reproduce.lpgnas import reproduce
 from netweight.search import lpgnas as module
 from netweight.search.lpgnas import (
     LPGNAS,
-    Best,
     Design,
     annealed,
     best_of,
@@ -39,6 +38,7 @@ from netweight.search.supernet import AHEAD, Options, Pick, Supernet
 from netweight.testing import tiny_model
 from netweight.training.checkpoint import Checkpoint
 from netweight.training.loop import Diverged, Training
+from netweight.training.nodes import Best
 from netweight.training.trained import Trained
 from netweight.verification.bounds import bounds
 

@@ -50,6 +50,20 @@ SYSTEMS = (
         tags=("inputs", "no data", "black box", "evolution"),
     ),
     System(
+        "random-edges", "New edges between nodes drawn at random", "KDD", 2022, "attacks",
+        "netweight.attacks.random_edges:random_edges", "netweight.reproduce.stable",
+        tags=("graph", "poisoning"),
+    ),
+    System(
+        "dice", "Delete internally, connect externally", "Nature Human Behaviour", 2018, "attacks",
+        "netweight.attacks.dice:dice", "netweight.reproduce.stable", tags=("graph", "poisoning"),
+    ),
+    System(
+        "metattack", "Adversarial Attacks on Graph Neural Networks via Meta Learning", "ICLR", 2019,
+        "attacks", "netweight.attacks.metattack:metattack", "netweight.reproduce.stable",
+        tags=("graph", "poisoning", "gradients"),
+    ),
+    System(
         "bifurcation", "A Novel Bifurcation Method for Observation Perturbation Attacks on RL Agents",
         "arXiv", 2024, "attacks", "netweight.attacks.bifurcation:bifurcation",
         "netweight.reproduce.bifurcation", tags=("inputs", "gradients", "controllers", "time series"),

@@ -104,4 +104,10 @@ SYSTEMS = (
         "IEEE TCAD", 2023, "training", "netweight.training.bdwp:bdwp", "netweight.reproduce.bdwp",
         "netweight.training.bdwp:BDWP", ("weights", "pruning", "N:M", "accelerator"),
     ),
+    System(
+        "stable",
+        "Reliable Representations Make A Stronger Defender: Unsupervised Structure Refinement for Robust GNN",
+        "KDD", 2022, "training", "netweight.training.stable:stable", "netweight.reproduce.stable",
+        "netweight.training.stable:Stable", ("graph", "poisoning", "contrast"),
+    ),
 )  # fmt: skip
