@@ -107,9 +107,16 @@ def weighted(model: nn.Module, *, embeddings: bool = False) -> list[str]:
     """Names of the layers whose weight a method can pack: Linear and Conv1d to 3d, with `embeddings` also
     tables.
 
-    A weight that several modules share (tied) is left out: packing one of them would untie it.
+    A weight that several modules share (tied) is left out: packing one of them would untie it. So is what a
+    module names in `beside`: parts that it does not run when it is called as a whole (early exits).
     """
     kinds = (*WEIGHTED, nn.Embedding) if embeddings else WEIGHTED
+    beside = {
+        id(inner)
+        for module in model.modules()
+        for part in getattr(module, "beside", ())
+        for inner in part.modules()
+    }
     owners: dict[int, int] = {}
     for _, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -117,7 +124,7 @@ def weighted(model: nn.Module, *, embeddings: bool = False) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, kinds) and name and owners[id(module.weight)] == 1
+        if isinstance(module, kinds) and name and owners[id(module.weight)] == 1 and id(module) not in beside
     ]
 
 

@@ -10,6 +10,7 @@ Weights: those of akamaster/pytorch_resnet_cifar10 (BSD-2-Clause), trained on th
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -71,6 +72,26 @@ class ResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
+class Mean(nn.Module):
+    """The mean over the image, `b c h w` to `b c`."""
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
+        """Of each channel."""
+        return x.mean((2, 3))
+
+
+def in_parts(model: ResNet) -> nn.Sequential:
+    """The same network as a Sequential that can be cut: stem, block1, block2, .., mean, linear.
+
+    For `nn.early_exit` and `nn.skipping`. Modules are shared with the model.
+    """
+    blocks = [*model.layer1, *model.layer2, *model.layer3]
+    stem = nn.Sequential(model.normalize, model.conv1, model.bn1, nn.ReLU())
+    named = {f"block{index}": block for index, block in enumerate(blocks, 1)}
+    parts = {"stem": stem, **named, "mean": Mean(), "linear": model.linear}
+    return nn.Sequential(OrderedDict(parts)).train(model.training)
+
+
 def _stage(before: int, width: int, blocks: int, stride: int) -> nn.Sequential:
     return nn.Sequential(Block(before, width, stride), *(Block(width, width, 1) for _ in range(blocks - 1)))
 
@@ -88,6 +109,11 @@ def resnet32(weights_path: str | Path | None = None) -> ResNet:
 def resnet44(weights_path: str | Path | None = None) -> ResNet:
     """Seven blocks per stage, 658,586 weights: the published ones, unless a file is given."""
     return _resnet(44, weights_path)
+
+
+def resnet20_in_parts() -> nn.Sequential:
+    """`resnet20`, cut into parts: `netweight.models.resnet_cifar:resnet20_in_parts` on the command line."""
+    return in_parts(resnet20()).eval()
 
 
 def skeleton(target: str, files: Mapping[str, bytes]) -> nn.Module:

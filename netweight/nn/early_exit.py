@@ -13,7 +13,7 @@ With stages s_1 .. s_K and an exit g_k behind each,
 
 An example leaves at the first k with d_k < T_k; whoever is left leaves at the last exit. So T = 0 is the
 whole network, and T at the top of the measure lets everybody leave. A batch is routed: only those who stay
-go on.
+go on. `decisions` says the same in the words of `nn.dynamic`, which attacks speak.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from netweight.core.compressed import WEIGHTED
 from netweight.core.errors import BadInput, DoesNotFit, unknown
 from netweight.core.graph import macs
 from netweight.core.task import Data
+from netweight.nn.dynamic import Decisions
 
 CANDIDATES = 512  # thresholds that are tried at most
 
@@ -102,6 +103,11 @@ class EarlyExit(nn.Module):
             )
         self.limits.copy_(torch.tensor(each, dtype=torch.float64))
 
+    @property
+    def beside(self) -> list[nn.Module]:
+        """The exits that `forward` does not run; see `core.compressed.weighted`."""
+        return [*self.exits][:-1]
+
     def forward(self, x: Tensor) -> Tensor:
         """The logits of the last exit."""
         for stage in self.stages:
@@ -131,9 +137,45 @@ class EarlyExit(nn.Module):
             places[here] = k + 1
         return Routed(logits, places)
 
+    def decisions(self, x: Tensor) -> Decisions:
+        """One for each early exit: work is saved where an example that came as far would leave.
+
+        effort: log C + mean_c log p_c, from 0 (all classes alike) downwards: minus the cross-entropy of the
+        uniform distribution, as in DeepSloth; its slope does not vanish where an exit is sure.
+        """
+        scores, measure = self.scores(x)[:-1], DOUBTS[self.doubt]
+        if not scores:
+            nothing = x.new_zeros(len(x), 0)
+            return Decisions(nothing.bool(), nothing)
+        saves = [leaves(measure, z.detach(), limit) for z, limit in zip(scores, self.limits)]
+        effort = [math.log(z.shape[-1]) + z.float().log_softmax(-1).mean(-1) for z in scores]
+        return Decisions(torch.stack(saves, 1), torch.stack(effort, 1))
+
+    def fewer(self, kept: Sequence[int]) -> EarlyExit:
+        """The network with those of its early exits alone (from 0, ascending); modules are its own."""
+        if sorted({*kept}) != [*kept] or not {*kept} <= {*range(len(self.limits))}:
+            raise BadInput(f"exits {[*kept]}: give some of 0 to {len(self.limits) - 1}, each once, in order")
+        ends = [*kept, len(self.stages) - 1]
+        between = zip([0, *(k + 1 for k in kept)], ends)
+        stages = [nn.Sequential(*[*self.stages][a : b + 1]) for a, b in between]
+        limits = [float(self.limits[k]) for k in kept]
+        return EarlyExit(stages, [self.exits[k] for k in ends], limits, self.doubt).train(self.training)
+
     def until(self, k: int) -> nn.Sequential:
         """The network that ends at exit k (from 0); its modules are this network's own."""
         return nn.Sequential(*[*self.stages][: k + 1], self.exits[k])
+
+
+class Together(nn.Module):
+    """A network with exits that gives the logits of all of them, `exits b classes`."""
+
+    def __init__(self, net: EarlyExit) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All logits."""
+        return torch.stack(self.net.scores(x))
 
 
 def leaves(doubt: Doubt, logits: Float[Tensor, "b classes"], limit: float | Tensor) -> Bool[Tensor, " b"]:

@@ -51,6 +51,7 @@ from netweight.models.converting import Convert
 from netweight.nn.early_exit import (
     DOUBTS,
     EarlyExit,
+    Together,
     all_scores,
     branch,
     early,
@@ -197,18 +198,6 @@ def with_exit(model: nn.Module, convert: Convert, seed: int) -> EarlyExit:
     with own_chance(seed, torch.device("cpu")):
         exit = branch(convert.features, convert.classes, convert.width).to(like)
     return EarlyExit(stages_of(whole, [convert.after]), [exit, nn.Identity()]).eval()
-
-
-class Together(nn.Module):
-    """A network with exits that gives the logits of all of them, `exits b classes`."""
-
-    def __init__(self, net: EarlyExit) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Tensor) -> Tensor:
-        """All logits."""
-        return torch.stack(self.net.scores(x))
 
 
 def train_exits(

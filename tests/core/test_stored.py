@@ -25,13 +25,16 @@ from netweight.nn.codebook import Codebook
 from netweight.nn.double_rounding import DoubleRounded, WidthRounding
 from netweight.nn.dyadic import Dyadic
 from netweight.nn.elastic import ElasticRounding
+from netweight.nn.exits import AddExits
 from netweight.nn.fake import DynamicRounding, StaticRounding
 from netweight.nn.integer_steps import Clip, Concat, Entrance, Join, Move, Negate, Pool, Product, Rescale
 from netweight.nn.packed import Dense, Sparse
+from netweight.nn.passport import InsertPassports
 from netweight.nn.power import Power, PowerRounding
 from netweight.nn.power_rewrites import FoldPowerNorm, InsertPowerNorm
 from netweight.nn.qk_attention import JoinQueryKey
 from netweight.nn.shifted import PlacedRounding
+from netweight.nn.skipping import AddGates
 from netweight.nn.split import Split
 from netweight.nn.switch_norm import SwitchNorms
 from netweight.nn.ternary_attention import RoundProducts
@@ -72,6 +75,9 @@ THINGS = [
     WidthRounding(torch.tensor([0.01, 0.2]), (8, 4), 4),
     SwitchNorms.of({"norm": ("conv", "")}, (8, 4), 4),
     Convert("2", (8, 4, 4), 10, 8, (1, 8, 8), (16, 4), 0.0, 1.0),
+    AddExits(("2", "5"), ((8, 4, 4), (16,)), 10),
+    AddGates(("2", "3"), (8, 8)),
+    InsertPassports(("conv",), ("norm",), 3),
     InsertPowerNorm(("norm1", "norm2"), "pn", 4, 100, 0.9, 0.9),
     FoldPowerNorm("norm", ("query", "key")),
     PlacedRounding(torch.rand(5, 1) + 1, torch.zeros(8), torch.ones(8), -2, 1),

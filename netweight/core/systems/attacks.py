@@ -2,6 +2,8 @@
 
 from netweight.core.systems.system import System
 
+_DYNN = "netweight.reproduce.dynn"
+
 SYSTEMS = (
     System(
         "pgd", "Projected gradient ascent on the loss", "ICLR", 2018, "attacks",
@@ -48,6 +50,23 @@ SYSTEMS = (
         "fooling", "Deep Neural Networks are Easily Fooled", "CVPR", 2015, "attacks",
         "netweight.attacks.fooling:fooling", "netweight.reproduce.fooling",
         tags=("inputs", "no data", "black box", "evolution"),
+    ),
+    System(
+        "dynn", "Dynamic Neural Network is All You Need: Understanding the Robustness of Dynamic Mechanisms",
+        "ICCV workshop", 2023, "attacks", reproduction=_DYNN, tags=("inputs", "early exits", "transfer"),
+    ),
+    System(
+        "early", "Every early exit is wrong, and the end right", "ICCV workshop", 2023, "attacks",
+        "netweight.attacks.early:early", _DYNN, tags=("inputs", "gradients", "early exits"),
+    ),
+    System(
+        "routed", "Gradient ascent along the way that an input takes", "ICCV workshop", 2023, "attacks",
+        "netweight.attacks.routed:routed", _DYNN, tags=("inputs", "gradients", "early exits"),
+    ),
+    System(
+        "deepsloth", "A Panda? No, It's a Sloth: Slowdown Attacks on Adaptive Multi-Exit Neural Network "
+        "Inference", "ICLR", 2021, "attacks", "netweight.attacks.deepsloth:deepsloth", _DYNN,
+        tags=("inputs", "gradients", "early exits", "cost"),
     ),
     System(
         "random-edges", "New edges between nodes drawn at random", "KDD", 2022, "attacks",

@@ -105,9 +105,19 @@ SYSTEMS = (
         "netweight.training.bdwp:BDWP", ("weights", "pruning", "N:M", "accelerator"),
     ),
     System(
+        "shallow-deep", "Shallow-Deep Networks: Understanding and Mitigating Network Overthinking", "ICML",
+        2019, "training", "netweight.training.shallow_deep:shallow_deep", "netweight.reproduce.dynn",
+        "netweight.training.shallow_deep:ShallowDeep", ("early exits",),
+    ),
+    System(
         "stable",
         "Reliable Representations Make A Stronger Defender: Unsupervised Structure Refinement for Robust GNN",
         "KDD", 2022, "training", "netweight.training.stable:stable", "netweight.reproduce.stable",
         "netweight.training.stable:Stable", ("graph", "poisoning", "contrast"),
+    ),
+    System(
+        "skipnet", "SkipNet: Learning Dynamic Routing in Convolutional Networks", "ECCV", 2018, "training",
+        "netweight.training.skipnet:skipnet", settings="netweight.training.skipnet:SkipNet",
+        tags=("skipping",),
     ),
 )  # fmt: skip
