@@ -16,6 +16,11 @@ SYSTEMS = (
         settings="netweight.training.adversarial:Adversarial", tags=("inputs", "gradients", "robustness"),
     ),
     System(
+        "srat", "Imbalanced Adversarial Training with Reweighting", "ICDM", 2022, "training",
+        "netweight.training.srat:srat", "netweight.reproduce.srat", "netweight.training.srat:SRAT",
+        ("inputs", "gradients", "robustness", "imbalance"),
+    ),
+    System(
         "auto-lirpa", "Automatic Perturbation Analysis for Scalable Certified Robustness and Beyond",
         "NeurIPS", 2020, "training", reproduction=_LIRPA, tags=("inputs", "weights", "proof"),
     ),
@@ -119,5 +124,21 @@ SYSTEMS = (
         "skipnet", "SkipNet: Learning Dynamic Routing in Convolutional Networks", "ECCV", 2018, "training",
         "netweight.training.skipnet:skipnet", settings="netweight.training.skipnet:SkipNet",
         tags=("skipping",),
+    ),
+    System(
+        "weight-mark", "Embedding Watermarks into Deep Neural Networks", "ICMR", 2017, "training",
+        "netweight.training.weight_mark:weight_mark", "netweight.reproduce.ipp_survey",
+        "netweight.training.weight_mark:WeightMark", ("ownership", "weights"),
+    ),
+    System(
+        "trigger-mark", "Turning Your Weakness Into a Strength: Watermarking Deep Neural Networks by "
+        "Backdooring", "USENIX Security", 2018, "training", "netweight.training.trigger_mark:trigger_mark",
+        "netweight.reproduce.ipp_survey", "netweight.training.trigger_mark:TriggerMark",
+        ("ownership", "black box"),
+    ),
+    System(
+        "passport", "Rethinking Deep Neural Network Ownership Verification: Embedding Passports to Defeat "
+        "Ambiguity Attacks", "NeurIPS", 2019, "training", "netweight.training.passport:passport",
+        "netweight.reproduce.ipp_survey", "netweight.training.passport:Passports", ("ownership", "norms"),
     ),
 )  # fmt: skip
