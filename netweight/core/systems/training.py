@@ -21,6 +21,19 @@ SYSTEMS = (
         ("inputs", "gradients", "robustness", "imbalance"),
     ),
     System(
+        "doubly-robust-training", "Doubly Robust Instance-Reweighted Adversarial Training", "ICLR", 2024,
+        "training", "netweight.training.doubly_robust_training:doubly_robust_training",
+        "netweight.reproduce.doubly_robust_training",
+        "netweight.training.doubly_robust_training:DoublyRobust",
+        ("inputs", "gradients", "robustness", "reweighting"),
+    ),
+    System(
+        "accelat", "AccelAT: A Framework for Accelerating the Adversarial Training of Deep Neural Networks "
+        "Through Accuracy Gradient", "IEEE Access", 2022, "training", "netweight.training.accelat:accelat",
+        "netweight.reproduce.accelat", "netweight.training.accelat:AccelAT",
+        ("inputs", "gradients", "robustness", "schedule"),
+    ),
+    System(
         "auto-lirpa", "Automatic Perturbation Analysis for Scalable Certified Robustness and Beyond",
         "NeurIPS", 2020, "training", reproduction=_LIRPA, tags=("inputs", "weights", "proof"),
     ),
