@@ -154,4 +154,9 @@ SYSTEMS = (
         "Ambiguity Attacks", "NeurIPS", 2019, "training", "netweight.training.passport:passport",
         "netweight.reproduce.ipp_survey", "netweight.training.passport:Passports", ("ownership", "norms"),
     ),
+    System(
+        "advstyle", "Adversarial Style Augmentation for Domain Generalization", "arXiv", 2023, "training",
+        "netweight.training.advstyle:advstyle", "netweight.reproduce.advstyle",
+        "netweight.training.advstyle:AdvStyle", ("domains", "styles", "adversarial"),
+    ),
 )  # fmt: skip
