@@ -3,10 +3,10 @@
 The paper: PACS, trained on one domain and tested on the other three, ResNet-50: 67.1 % against 61.2 % of the
 next best; pushed spreads find styles that the batch does not hold. Here: spoken digits, a domain is a
 speaker. A network is trained on 450 clips of one and tested on the 1,920 of the other four, each of the five
-speakers in turn: plainly (ERM), with DSU, MixStyle and AdvStyle (k = 1), and, for the first speaker,
-with k = -1, which lets the spreads fall with the loss. Three stages of 12, 24 and 48 channels and the mean
-over the picture; layers behind the first two; batches of 32. Spreads are judged by the mean size of S_mu of the first layer,
-after the last epoch over that after the first.
+speakers in turn: plainly (ERM), with DSU, MixStyle and AdvStyle (k = 1), and, for the first speaker, with k =
+-1, which lets the spreads fall with the loss. Three stages of 12, 24 and 48 channels and the mean over the
+picture; layers behind the first two; batches of 32. Spreads are judged by the mean size of S_mu of the first
+layer, after the last epoch over that after the first.
 
 Pictures and batch were chosen on seeds 10 and 11, where AdvStyle gained 11 and 9 points: how far it helps
 depends on them. On pictures with a floor far below the noise of the recordings (log power + 1e-6 and less)
