@@ -8,10 +8,10 @@ speakers in turn: plainly (ERM), with DSU, MixStyle and AdvStyle (k = 1), and, f
 picture; layers behind the first two; batches of 32. Spreads are judged by the mean size of S_mu of the first
 layer, after the last epoch over that after the first.
 
-Pictures and batch were chosen on seeds 10 and 11, where AdvStyle gained 11 and 9 points: how far it helps
-depends on them. On pictures with a floor far below the noise of the recordings (log power + 1e-6 and less)
-every way of training is right on about a quarter; with a fully connected head, or layers behind the third
-stage as well, it gains 0 to 5 points.
+Pictures and batch were chosen on seeds 10 and 11, where AdvStyle gained 11 (three speakers) and 9 points: how
+far it helps depends on them. On pictures with a floor far below the noise of the recordings (log power + 1e-6
+and less) every way of training is right on about a quarter; with a fully connected head it gains 0 to 6
+points, with layers behind the third stage as well 4 to 9.
 
 Quick, and in the figures of the full run: 450 of scikit-learn's digits, trained as they are, tested on
 rotated, inverted and noisy ones.

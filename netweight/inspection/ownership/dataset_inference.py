@@ -7,7 +7,8 @@ Blind walk, for which the suspect's classes are enough: from each example step b
 
     r = the number of steps, times their size, after which the class of x + r s is no longer its label's,
 
-at most `most`, 0 where it is wrong from the start; the mean over a few directions s. Whoever has the network
+at most `most`, 0 where it is wrong from the start. Distances of one example differ by several times with the
+direction s, so what is compared is the mean of log(r + size) over the directions. Whoever has the network
 takes the distance to the nearest class t by gradients,
 
     r = min_t (z_y - z_t) / |grad_x (z_y - z_t)|.
@@ -16,13 +17,14 @@ A one-sided test of Welch says how likely own examples lie as much farther as pu
 no difference. Own and public examples have to come from one distribution: any other difference between them
 counts as well.
 
-Differs from the paper: gradients are followed for one step, as if scores were linear; the mean distance is
-tested itself, not the answer of a regressor that is trained on the distances of the owner's network; walks
-go along signs alone, not along noise of other kinds.
+Differs from the paper: gradients are followed for one step, as if scores were linear; the mean is tested
+itself, not the answer of a regressor that is trained on the distances of the owner's network; walks go along
+signs alone, not along noise of other kinds.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +43,10 @@ TINY = 1e-12  # a gradient that is not divided by
 
 @dataclass(frozen=True)
 class Inference:
-    """Mean distances of own and public examples, in units of the input, and the p-value of the test."""
+    """Mean distances of own and public examples, in units of the input, and the p-value of the test.
+
+    Of walks the geometric means of r + size.
+    """
 
     own: float
     public: float
@@ -53,19 +58,21 @@ def dataset_inference(
     own: Data,
     public: Data,
     *,
-    directions: int = 10,
-    size: float = 0.02,
-    most: int = 50,
+    directions: int = 40,
+    size: float = 0.05,
+    most: int = 60,
     seed: int = 0,
 ) -> Inference:
     """The test of a suspect; both sets have class numbers and two examples or more.
 
     size: of a step, in every number of the input. most: steps. Raises as `walked` does.
     """
-    return inferred(*(
-        walked(model, data, directions=directions, size=size, most=most, seed=2 * seed + index).mean(1)
+    apart = [
+        (walked(model, data, directions=directions, size=size, most=most, seed=2 * seed + index) + size)
         for index, data in enumerate((own, public))
-    ))  # fmt: skip
+    ]
+    found = inferred(*(each.log().mean(1) for each in apart))
+    return Inference(math.exp(found.own), math.exp(found.public), found.p)
 
 
 def by_gradients(model: nn.Module, own: Data, public: Data) -> Inference:

@@ -1,5 +1,7 @@
 """Fingerprints, dataset inference, radioactive data and passports against hand examples and their nulls."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -128,6 +130,13 @@ def test_own_examples_that_lie_farther_are_found_and_no_others():
     assert dataset_inference(Above(), Data(near, one), Data(far, one), size=0.05, directions=20).p > 0.9
     found = dataset_inference(Above(), Data(far, one), Data(near, one), size=0.05, directions=20)
     assert found.own > found.public > 0
+
+
+def test_walks_are_compared_by_geometric_means():
+    data = Data(torch.tensor([[0.25], [0.25]]), torch.tensor([1, 0]))
+    apart = walked(Above(), data, directions=9, size=0.1, most=20, seed=0) + 0.1
+    found = dataset_inference(Above(), data, data, size=0.1, most=20, directions=9)
+    assert found.own == pytest.approx(math.exp(float(apart.log().mean())), rel=1e-5)
 
 
 def test_p_values_are_scipys_and_uniform_where_nothing_differs():
