@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from netweight.core.ascent import around_inputs, per_example, slope
+from netweight.core.ascent import adam, around_inputs, per_example, slope
 from netweight.core.errors import BadInput, DoesNotFit
 from netweight.core.perturbation import Found, Perturbation
 from netweight.core.victim import device_of, evaluated
@@ -36,7 +36,6 @@ from netweight.nn.dynamic import dynamic_of
 from netweight.nn.early_exit import EarlyExit, at_exits, first_exits
 
 EDGE = 1e-6  # how near to the ends of its range a coordinate begins
-BETAS, TINY = (0.9, 0.999), 1e-8  # Adam's
 
 
 @dataclass(frozen=True)
@@ -138,23 +137,14 @@ def _search(
         better = (far < best[rows]) | ~best[rows].isfinite()
         points[rows[better]], best[rows] = s.detach()[better], torch.minimum(best[rows], far)
         gradient = gradient * (0.5 * (high - low) * (1 - w.tanh().square()))
-        w, first, second = _adam(w, gradient, first, second, step, how.rate)
+        way, first, second = adam(gradient, first, second, step)
+        w = w - how.rate * way
         if step >= how.rounds:
             on = ~best[rows].isfinite()
             rows, w, first, second = rows[on], w[on], first[on], second[on]
             if len(rows) == 0:
                 break
     return points, best
-
-
-def _adam(
-    w: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, rate: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of Adam; written out because examples leave, and their moments with them."""
-    first = BETAS[0] * first + (1 - BETAS[0]) * gradient
-    second = BETAS[1] * second + (1 - BETAS[1]) * gradient.square()
-    scale = (second / (1 - BETAS[1] ** step)).sqrt() + TINY
-    return w - rate * first / (1 - BETAS[0] ** step) / scale, first, second
 
 
 def into(s: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 from netweight.core.errors import DoesNotFit
 from netweight.core.perturbation import L1, L2, Box, Found, Linf, Perturbation
 
+BETAS, TINY = (0.9, 0.999), 1e-8  # of Adam
+
 
 def ascend(
     score: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
@@ -77,6 +79,23 @@ def slope(
             "use one that needs none: square (scores) or hop-skip-jump (classes)"
         )
     return torch.autograd.grad(value.sum(), s, retain_graph=keep)[0].nan_to_num(0.0)
+
+
+def adam(
+    gradient: Float[Tensor, "b *in"],
+    first: Float[Tensor, "b *in"],
+    second: Float[Tensor, "b *in"],
+    step: int,
+) -> tuple[Float[Tensor, "b *in"], Float[Tensor, "b *in"], Float[Tensor, "b *in"]]:
+    """(Adam's step at a rate of 1, the two moments) of step 1, 2, ..; moments begin at 0.
+
+    Kingma and Ba, ICLR 2015, arXiv:1412.6980, Algorithm 1. Written out because examples leave a search, and
+    their moments with them.
+    """
+    first = BETAS[0] * first + (1 - BETAS[0]) * gradient
+    second = BETAS[1] * second + (1 - BETAS[1]) * gradient.square()
+    scale = (second / (1 - BETAS[1] ** step)).sqrt() + TINY
+    return first / (1 - BETAS[0] ** step) / scale, first, second
 
 
 def around_inputs(within: Perturbation) -> Linf | L2 | L1 | Box:

@@ -42,7 +42,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from netweight.core.ascent import projection, slope
+from netweight.core.ascent import adam, projection, slope
 from netweight.core.errors import BadInput, DoesNotFit, unknown
 from netweight.core.perturbation import Linf, parse
 from netweight.core.task import Task
@@ -54,7 +54,6 @@ from netweight.training.loop import Hooks, Moment, Training, train
 from netweight.training.trained import Trained, about, labelled
 
 SOLVERS = ("gd", "adam")
-BETAS, TINY = (0.9, 0.999), 1e-8  # of Adam
 
 
 @dataclass(frozen=True)
@@ -189,9 +188,8 @@ def found(
         for step in range(1, attack.steps + 1):
             s = s.detach().requires_grad_()
             rise = slope(cross_entropy(class_scores(model(s)), y), s)
-            first, second = first.lerp(rise, 1 - BETAS[0]), second.lerp(rise.square(), 1 - BETAS[1])
-            size = (second / (1 - BETAS[1] ** step)).sqrt() + TINY
-            s = project(s.detach() + rate * first / (1 - BETAS[0] ** step) / size)
+            way, first, second = adam(rise, first, second, step)
+            s = project(s.detach() + rate * way)
     return s.detach()
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from netweight.core.ascent import ascend, projection
+from netweight.core.ascent import adam, ascend, projection
 from netweight.core.perturbation import L1, L2, Box, Linf
 
 sets = st.one_of(
@@ -35,3 +35,15 @@ def test_a_search_ends_where_every_example_has_reached_whatever_the_set():
     for within in (Linf(0.1), L2(0.1), L1(0.1), Box(-0.1, 0.1)):
         found = ascend(score, x, within, steps=3, restarts=2, seed=0)
         assert found.hit.all() and within.contains(found.points, x).all()
+
+
+def test_adam_is_that_of_torch():
+    x = torch.linspace(-1, 1, 6, dtype=torch.float64).reshape(2, 3).requires_grad_()
+    other, moments = x.detach().clone(), (torch.zeros(2, 3), torch.zeros(2, 3))
+    optimizer = torch.optim.Adam([x], lr=0.1)
+    for step in range(1, 6):
+        x.grad = (3 * x.detach()).sin() + step
+        way, *moments = adam((3 * other).sin() + step, *moments, step)
+        optimizer.step()
+        other = other - 0.1 * way
+        assert torch.allclose(x, other, rtol=0, atol=1e-12)
