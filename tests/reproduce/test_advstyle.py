@@ -26,7 +26,7 @@ def test_layers_stand_behind_every_stage_but_the_last():
 def test_growth_is_a_mean_of_ratios_and_means_are_of_one_method():
     up, down = grown([[0.1, 0.7, 0.3], [0.2, 0.2]], [[0.5, 0.1]])
     assert (up.measured, down.measured) == (pytest.approx(2.0), pytest.approx(0.2))
-    cells = {(0, ERM): (0.2, 1.0, []), (1, ERM): (0.4, 0.5, []), (0, DSU): (0.9, 0.0, [])}
+    cells = {(0, ERM, 0): (0.2, 1.0, []), (1, ERM, 1): (0.4, 0.5, []), (0, DSU, 0): (0.9, 0.0, [])}
     assert mean_of(cells, ERM, lambda cell: cell[0]) == pytest.approx(0.3)
     assert mean_of(cells, ERM, lambda cell: cell[1]) == pytest.approx(0.75)
 
