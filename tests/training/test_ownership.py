@@ -112,7 +112,7 @@ def test_passports_are_needed_and_the_name_is_signed():
     assert others[0] == 1.0 and 0.1 < others[1] < 0.9
     margins = [module.affine()[0] * signs[name] for name, module in made.model.named_modules()
                if isinstance(module, Passport)]  # fmt: skip
-    assert min(float(margin.min()) for margin in margins) > 0.05
+    assert min(float(margin.detach().min()) for margin in margins) > 0.05
     x = task.train.x
     assert not torch.allclose(forged(made.model, 1)(x), made.model(x), atol=0.1)
     assert same(passport(model, task, HOW, settings).model, passport(model, task, HOW, settings).model)
