@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from netweight.core.ascent import ascend
 from netweight.core.errors import BadInput, DoesNotFit
 from netweight.core.perturbation import Box, Found, Linf, Perturbation
-from netweight.core.victim import class_scores, device_of, evaluated, margin, victim
+from netweight.core.victim import check_inputs, class_scores, device_of, evaluated, margin, victim
 
 NEAR = 0.05  # how close to a* an action has to come
 
@@ -172,6 +172,7 @@ def _search(
     seed: int,
 ) -> Found:
     """Ascent on a value of (outputs, rows) that does not stop early."""
+    check_inputs(x, "bifurcation")
     x = x.to(device_of(model, x))
 
     def score(s: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

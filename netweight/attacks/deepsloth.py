@@ -20,9 +20,8 @@ from jaxtyping import Int, Num
 from torch import Tensor, nn
 
 from netweight.core.ascent import ascend
-from netweight.core.errors import DoesNotFit
 from netweight.core.perturbation import Found, Perturbation
-from netweight.core.victim import device_of, evaluated
+from netweight.core.victim import check_inputs, device_of, evaluated
 from netweight.nn.dynamic import dynamic_of
 
 
@@ -42,10 +41,7 @@ def deepsloth(
     `DoesNotFit` for a network that decides nothing, and for inputs that are whole numbers.
     """
     net = dynamic_of(model)
-    if not x.is_floating_point():
-        raise DoesNotFit(
-            "deepsloth moves inputs by small amounts, but these are whole numbers; attack embeddings"
-        )
+    check_inputs(x, "deepsloth")
 
     def score(s: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         made = net.decisions(s)

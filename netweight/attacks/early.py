@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from netweight.core.ascent import adam, around_inputs, per_example, slope
 from netweight.core.errors import BadInput, DoesNotFit
 from netweight.core.perturbation import Found, Perturbation
-from netweight.core.victim import device_of, evaluated
+from netweight.core.victim import check_inputs, device_of, evaluated
 from netweight.nn.dynamic import dynamic_of
 from netweight.nn.early_exit import EarlyExit, at_exits, first_exits
 
@@ -78,10 +78,7 @@ def early(
     numbers as inputs, and sets that do not lie around inputs.
     """
     net, within = exits_of(model, how), around_inputs(within)
-    if not x.is_floating_point():
-        raise DoesNotFit(
-            "early moves inputs by small amounts, but these are whole numbers; attack embeddings"
-        )
+    check_inputs(x, "early")
     generator = torch.Generator().manual_seed(seed)
     with evaluated(model):
         x = x.to(device_of(model, x))

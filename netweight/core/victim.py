@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from netweight.core.errors import DoesNotFit
+from netweight.core.errors import BadInput, DoesNotFit
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,10 @@ def victim(
 ) -> Iterator[Victim]:
     """The network in evaluation mode while an attack of this name runs; its modes come back afterwards.
 
-    y: class numbers; None stands for the network's own predictions. Raises `DoesNotFit` for inputs that are
-    whole numbers and for outputs that are not `b classes` with two classes or more.
+    y: class numbers; None stands for the network's own predictions. Raises as `check_inputs` does, and
+    `DoesNotFit` for outputs that are not `b classes` with two classes or more.
     """
-    if not x.is_floating_point():
-        raise DoesNotFit(
-            f"{by} moves inputs by small amounts, but these are whole numbers; attack embeddings"
-        )
+    check_inputs(x, by)
     with evaluated(model):
         x = x.to(device_of(model, x))
 
@@ -60,6 +57,16 @@ def victim(
                 f"{by} needs class scores `b classes`, but the network gives {tuple(clean.shape)}"
             )
         yield Victim(scores, x, clean.argmax(1) if y is None else y.to(x.device), clean)
+
+
+def check_inputs(x: Num[Tensor, "b *in"], by: str) -> None:
+    """Raises `DoesNotFit` for whole numbers and `BadInput` for NaN or Inf: nothing an attack can move."""
+    if not x.is_floating_point():
+        raise DoesNotFit(
+            f"{by} moves inputs by small amounts, but these are whole numbers; attack embeddings"
+        )
+    if not bool(x.isfinite().all()):
+        raise BadInput(f"{by}: an input holds NaN or Inf; remove or repair it first")
 
 
 @contextmanager

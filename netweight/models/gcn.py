@@ -31,6 +31,8 @@ from netweight.data.graphs import Graph
 from netweight.models.graph_block import Choice, GraphBlock, Rows
 from netweight.models.graph_sums import Edges, Table
 
+LARGEST = 1 << 28  # weights of a layer: a description from outside cannot take all memory
+
 
 @dataclass(frozen=True, eq=False)
 class Weighted:
@@ -187,6 +189,8 @@ def skeleton(target: str, files: Mapping[str, bytes]) -> nn.Module:
         ]
         sizes = said.pop("network")
         graph = Graph(**said, **tensors)
+        if max(graph.width, *sizes["hidden"]) * sizes["width"] > LARGEST:
+            raise BadInput(f"graph.json: {sizes}: a layer has up to {LARGEST} weights; save it again")
         for each in links:
             ends = torch.cat([each.to, each.source])
             if not 0 <= int(ends.min()) <= int(ends.max()) < graph.nodes:

@@ -140,6 +140,9 @@ def test_bad_input(name):
         attack(nn.Linear(3, 4), torch.zeros(2, 2, 3), None, Linf(0.1))
     with pytest.raises(DoesNotFit, match="bitflips=2 is no set of inputs"):
         attack(nn.Linear(3, 4), torch.zeros(2, 3), None, BitFlips(2))
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(BadInput, match="an input holds NaN or Inf"):
+            attack(nn.Linear(3, 4), torch.tensor([[0.0, value, 1.0]]), None, Linf(0.1))
 
 
 @pytest.mark.parametrize("name", ALL)

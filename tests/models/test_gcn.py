@@ -1,5 +1,7 @@
 """Links by degree against their formula, the network on lists and matrices, files, and mistakes."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,9 +92,11 @@ def test_saved_and_loaded(tmp_path):
 def test_mistakes_are_said(monkeypatch):
     made = network()
     files = dict(made.netweight_origin.files)
+    wide = json.dumps({**json.loads(files["graph.json"]), "width": 10**9}).encode()
     for call, kind, words in [
         (lambda: by_degree(adjacency(GRAPH), loop=0.0), BadInput, "loop=0.0"),
         (lambda: made(torch.rand(1, N, 4)), DoesNotFit, "24 nodes of 24; give features of every node"),
+        (lambda: skeleton("", {**files, "graph.json": wide}), BadInput, "a layer has up to"),
         (lambda: skeleton("", {}), BadInput, "do not describe a refined GCN"),
         (lambda: skeleton("", {**files, "graph.npz": b"PK"}), BadInput, "do not describe a refined GCN"),
     ]:
